@@ -1,0 +1,57 @@
+"""Where a model comes from: a checkpoint, or a config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from dsv4 import checkpoint
+from dsv4.config import ConfigError, Execution, ModelConfig, load_config
+from dsv4.model.handle import Model
+from dsv4.model.init import init_params
+
+SHIPPED = Path(__file__).parent / "shipped"
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+
+
+def load(
+    source: str | Path = "small",
+    *,
+    execution: Execution | None = None,
+    layers: range | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """A model from a shipped name, a released checkpoint directory, or an orbax one.
+
+    layers: only these (released checkpoints), renumbered from 0, to study a piece of a model too large to hold.
+    progress: called with (tensors read, tensors in all). Raises ConfigError or CheckpointError listing what is wrong.
+    """
+    path = Path(source)
+    if not path.exists():
+        if str(source) not in shipped():
+            raise ConfigError(
+                f"no checkpoint {str(source)!r}: give a directory, or a shipped model ({', '.join(shipped()) or 'none'})"
+            )
+        path = SHIPPED / str(source)
+    if checkpoint.is_orbax(path):
+        if layers is not None:
+            raise ConfigError(f"layers={layers} needs a released checkpoint; {path} is an orbax one")
+        config, params = checkpoint.restore(path)
+    else:
+        config, params = checkpoint.read(path, layers=layers, progress=progress)
+    tokenizer = path / "tokenizer.json"
+    return Model(config, params, execution or Execution(), str(tokenizer) if tokenizer.is_file() else None)
+
+
+def init(config: str | ModelConfig, *, seed: int = 0, execution: Execution | None = None) -> Model:
+    """A model with fresh parameters, from a named config or a ModelConfig; the storage dtype of the config's release."""
+    model_config = load_config(config).model if isinstance(config, str) else config
+    params = init_params(model_config, jax.random.key(seed), jnp.dtype(model_config.storage.dtype))
+    return Model(model_config, params, execution or Execution())

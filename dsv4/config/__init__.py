@@ -1,0 +1,42 @@
+"""Frozen configs of three kinds, never mixed: what (model), how (execution), and how to train.
+
+Nothing in this package imports jax, so that a command line can answer questions about a model at once.
+"""
+
+from dsv4.config.execution import Execution
+from dsv4.config.model import (
+    AttentionConfig,
+    ConfigError,
+    HyperConnectionConfig,
+    IndexerConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    StorageConfig,
+    YarnConfig,
+)
+from dsv4.config.named import NamedConfig, load_config, names
+from dsv4.config.overrides import apply_overrides, replace
+from dsv4.config.released import read_released, write_released
+from dsv4.config.training import TrainConfig
+
+__all__ = [
+    "AttentionConfig",
+    "ConfigError",
+    "Execution",
+    "HyperConnectionConfig",
+    "IndexerConfig",
+    "LayerConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "NamedConfig",
+    "StorageConfig",
+    "TrainConfig",
+    "YarnConfig",
+    "apply_overrides",
+    "load_config",
+    "names",
+    "read_released",
+    "replace",
+    "write_released",
+]

@@ -1,0 +1,1 @@
+"""Running a model: full sequence, prefill, one step at a time, sampling, text."""

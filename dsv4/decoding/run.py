@@ -1,0 +1,114 @@
+"""The three ways through a model: full sequence, prefill in chunks, one step at a time. All give the same logits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv4.decoding.inputs import check_capacity, check_ids, check_lengths
+from dsv4.model.cache import MAX_STEP, Cache, init_cache
+from dsv4.model.handle import Model
+from dsv4.model.transformer import Trace
+
+
+def forward(model: Model, ids: Any, *, trace: bool = False) -> jax.Array | tuple[jax.Array, Trace]:
+    """Logits float32 [B, T, V] of whole sequences ids [B, T]; with `trace`, also everything chosen on the way.
+
+    Raises InputError for ids that are empty, out of range or longer than the model's context.
+    """
+    ids = check_ids(ids, model.config)
+    check_capacity(ids.shape[1], model.config.max_context, model.config)
+    logits, seen = _forward(model, ids, trace)
+    return (logits, seen) if trace else logits
+
+
+def prefill(
+    model: Model,
+    ids: Any,
+    *,
+    lengths: Any = None,
+    capacity: int | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Feeds prompts ids [B, T] (right-padded to `lengths`): logits float32 [B, V] after each row's last token.
+
+    Runs `model.execution.prefill_chunk` tokens at a time. `capacity` (default: the prompt and room for 1024 tokens)
+    bounds what may be decoded later; `cache` continues one that already holds tokens. Raises InputError as `forward`,
+    and where the tokens do not fit.
+    """
+    ids = check_ids(ids, model.config)
+    batch, tokens = ids.shape
+    lengths = check_lengths(lengths, batch, tokens)
+    if cache is None:
+        longest = int(lengths.max())
+        capacity = capacity or max(longest, min(tokens + 1024, model.config.max_context))
+        check_capacity(longest, capacity, model.config)
+        cache = init_cache(model.config, model.execution, batch, capacity)
+    else:
+        check_capacity(int((np.asarray(cache.length) + lengths).max()), cache.capacity, model.config)
+    last = None
+    for begin in range(0, int(lengths.max()), model.execution.prefill_chunk):
+        chunk = ids[:, begin : begin + model.execution.prefill_chunk]
+        count = np.clip(lengths - begin, 0, chunk.shape[1]).astype(np.int32)
+        logits, cache = last_logits(model, chunk, jnp.asarray(count), cache)
+        ended = jnp.asarray((count > 0))[:, None]
+        last = logits if last is None else jnp.where(ended, logits, last)
+    assert last is not None
+    return last, cache
+
+
+def decode_step(model: Model, tokens: Any, cache: Cache, *, count: Any = None) -> tuple[jax.Array, Cache]:
+    """One step: tokens [B] or [B, T] with T <= 4 -> logits float32 [B, V] or [B, T, V], and the new cache.
+
+    `count` int32 [B] (default: all) says how many of a row's tokens are real; 0 leaves the row as it was. A row whose
+    cache is full gets NaN logits: a jitted step cannot raise, and a wrong token must not pass for a right one.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    ids = tokens[:, None] if tokens.ndim == 1 else tokens
+    if ids.shape[1] > MAX_STEP:
+        raise ValueError(f"decode_step got {ids.shape[1]} tokens a row, at most {MAX_STEP}: use prefill(cache=...)")
+    count = jnp.full(ids.shape[0], ids.shape[1], jnp.int32) if count is None else jnp.asarray(count, jnp.int32)
+    logits, cache = extend(model, ids, count, cache)
+    return (logits[:, 0] if tokens.ndim == 1 else logits), cache
+
+
+def _forward_body(model: Model, ids: jax.Array, trace: bool) -> tuple[jax.Array, Trace | None]:
+    with jax.default_matmul_precision(model.execution.precision):
+        module = model.bind()
+        count = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)
+        hidden, _, seen = module(ids, count, None)
+        return module.logits(hidden), seen if trace else None
+
+
+def extend_body(model: Model, ids: jax.Array, count: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Logits [B, T, V] of the next tokens of cached sequences, not jitted: for use inside larger programs."""
+    with jax.default_matmul_precision(model.execution.precision):
+        module = model.bind()
+        hidden, new, _ = module(ids, count, cache)
+        assert new is not None
+        position = cache.length[:, None] + jnp.arange(ids.shape[1])[None]
+        return _poison(module.logits(hidden), position, cache), new
+
+
+def _last_body(model: Model, ids: jax.Array, count: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    with jax.default_matmul_precision(model.execution.precision):
+        module = model.bind()
+        hidden, new, _ = module(ids, count, cache)
+        assert new is not None
+        at = jnp.maximum(count - 1, 0)[:, None, None]
+        logits = module.logits(jnp.take_along_axis(hidden, at, axis=1)[:, 0])
+        return _poison(logits, new.length - 1, cache), new
+
+
+def _poison(logits: jax.Array, position: jax.Array, cache: Cache) -> jax.Array:
+    """NaN where a row's token lies behind the end of its cache."""
+    return jnp.where((position < cache.capacity)[..., None], logits, jnp.nan)
+
+
+_forward = functools.partial(jax.jit, static_argnums=2)(_forward_body)
+extend = jax.jit(extend_body)
+last_logits = jax.jit(_last_body)

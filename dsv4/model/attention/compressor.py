@@ -1,0 +1,44 @@
+"""The compressor module: projections in float32, pooling in pallas_kernels.compress."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsv4.model.cache import CompressedCache, write_entries
+from dsv4.model.layers import Linear, RMSNorm, declare, read
+from dsv4.parameters import SpecTree
+from pallas_kernels.compress import compress
+
+
+class Compressor(nnx.Module):
+    def __init__(self, specs: SpecTree, norm_eps: float):
+        self.wkv = Linear(specs["wkv"])
+        self.wgate = Linear(specs["wgate"])
+        self.ape = declare(specs["ape"])
+        self.norm = RMSNorm(specs["norm"], norm_eps)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
+        frequencies: jax.Array,
+        cache: CompressedCache | None,
+        implementation: str,
+    ) -> tuple[jax.Array, CompressedCache | None]:
+        """All entries [B, C, K] that exist after tokens x [B, T, D], and the cache that holds them.
+
+        Without a cache (full sequence) entry numbers are 0..T//m-1 and every one of them is finished.
+        """
+        wide = x.astype(jnp.float32)  # the released code projects and pools in float32
+        entries, state = compress(
+            self.wkv(wide), self.wgate(wide), None if cache is None else cache.state, start, count,
+            read(self.ape), read(self.norm.weight), frequencies,
+            norm_eps=self.norm.eps, implementation=implementation,
+        )  # fmt: skip
+        if cache is None or state is None:
+            return entries.values.astype(x.dtype), None
+        written = write_entries(cache.entries, entries)
+        return written, CompressedCache(written, state)

@@ -1,0 +1,60 @@
+"""How sub-layers read and write the residual: hyper-connections over n streams, or one plain stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dsv4.config import Execution, ModelConfig
+from dsv4.model.layers import RMSNorm, declare, read
+from dsv4.parameters import SpecTree
+from pallas_kernels import hyper_connection
+
+
+def declare_hyper(module: nnx.Module, specs: SpecTree, part: str) -> None:
+    """Adds `hc_<part>_fn`, `_base` and `_scale` to `module` where the config has hyper-connections."""
+    for name in ("fn", "base", "scale"):
+        key = f"hc_{part}_{name}"
+        if key in specs:
+            setattr(module, key, declare(specs[key]))
+
+
+def _coefficients(module: nnx.Module, part: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    fn, base, scale = (read(getattr(module, f"hc_{part}_{name}")) for name in ("fn", "base", "scale"))
+    return fn, base, scale
+
+
+def connect(
+    module: nnx.Module,
+    part: str,
+    norm: RMSNorm,
+    streams: jax.Array,
+    sublayer: Callable[[jax.Array], tuple[jax.Array, Any]],
+    config: ModelConfig,
+    execution: Execution,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """streams [B, T, n, D] through one sub-layer: (new streams, the sub-layer's output, whatever else it returned)."""
+    residual = config.residual
+    if residual.kind == "plain":
+        out, extra = sublayer(norm(streams[..., 0, :]))
+        return streams + out[..., None, :], out, extra
+    x, mix = hyper_connection.pre(
+        streams, *_coefficients(module, part), read(norm.weight),
+        iterations=residual.sinkhorn_iterations, eps=residual.eps, norm_eps=config.norm_eps,
+        implementation=execution.implementation,
+    )  # fmt: skip
+    out, extra = sublayer(x)
+    return hyper_connection.post(streams, out, mix, implementation=execution.implementation), out, extra
+
+
+def collapse(module: nnx.Module, streams: jax.Array, config: ModelConfig, execution: Execution) -> jax.Array:
+    """The single vector [B, T, D] that the last norm and the head read."""
+    if config.residual.kind == "plain":
+        return streams[..., 0, :]
+    return hyper_connection.head(
+        streams, *_coefficients(module, "head"),
+        eps=config.residual.eps, norm_eps=config.norm_eps, implementation=execution.implementation,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Training: the corpus, its tokenizer, batches of token ids, and everything that turns them into a model."""

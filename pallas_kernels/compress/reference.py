@@ -1,0 +1,106 @@
+"""The definition of compression (SPEC section 2, compressor), pooled in float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.norm import rms_norm
+from pallas_kernels.rotary import rotate
+
+
+class CompressorState(NamedTuple):
+    """The block being filled (and, for CSA, the one before it): raw projections, float32 [B, blocks*m, w].
+
+    Row j is the token at position (start // m - (blocks - 1)) * m + j; rows at and behind `start` mean nothing.
+    """
+
+    kv: jax.Array
+    gate: jax.Array
+
+
+class Entries(NamedTuple):
+    """What one call finished: values [B, nb, K]; entry i of row b has number first[b] + i and exists for i < closed[b]."""
+
+    values: jax.Array
+    first: jax.Array
+    closed: jax.Array
+
+
+def initial_state(batch: int, ratio: int, rows: int, overlap: bool) -> CompressorState:
+    """The state before the first token; `rows` is the projection width w."""
+    shape = (batch, ratio * (2 if overlap else 1), rows)
+    return CompressorState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+
+def compress(
+    kv: jax.Array,
+    gate: jax.Array,
+    state: CompressorState | None,
+    start: jax.Array,
+    count: jax.Array,
+    ape: jax.Array,
+    norm_weight: jax.Array,
+    frequencies: jax.Array,
+    *,
+    norm_eps: float,
+) -> tuple[Entries, CompressorState | None]:
+    m, width = ape.shape[0], norm_weight.shape[0]
+    history = ape.shape[1] // width - 1  # blocks kept before the open one: 1 when overlapping
+    kv, gate = kv.astype(jnp.float32), gate.astype(jnp.float32)
+    first = start // m
+    if state is None:
+        blocks = kv.shape[1] // m
+        kv_rows, gate_rows = (_pad_front(rows[:, : blocks * m], history * m) for rows in (kv, gate))
+        carried = None
+    else:
+        blocks = (kv.shape[1] + m - 1) // m  # the most that can close: the open block may hold m - 1 rows already
+        fill = start % m + history * m
+        kv_rows = _append(state.kv, kv, fill, (history + blocks + 1) * m)
+        gate_rows = _append(state.gate, gate, fill, (history + blocks + 1) * m)
+    closed = (start + count) // m - first
+    if state is not None:
+        carried = CompressorState(
+            *(_window(rows, closed * m, (history + 1) * m) for rows in (kv_rows, gate_rows))
+        )
+    pooled = _pool(kv_rows, gate_rows, ape.astype(jnp.float32), blocks, width, first)
+    entry = first[:, None] + jnp.arange(blocks)[None]
+    values = rotate(rms_norm(pooled, norm_weight, norm_eps), entry * m, frequencies)
+    return Entries(values, first, closed), carried
+
+
+def _pool(kv: jax.Array, gate: jax.Array, ape: jax.Array, blocks: int, width: int, first: jax.Array) -> jax.Array:
+    """Entries of `blocks` consecutive blocks; rows begin one block earlier when overlapping."""
+    m, overlap = ape.shape[0], ape.shape[1] // width == 2
+    batch = kv.shape[0]
+
+    def block(rows: jax.Array, offset: int) -> jax.Array:
+        return rows[:, offset * m : (offset + blocks) * m].reshape(batch, blocks, m, -1)
+
+    kv_now, gate_now = block(kv, int(overlap)), block(gate, int(overlap)) + ape[None, None]
+    if overlap:
+        kv_before, gate_before = block(kv, 0), block(gate, 0) + ape[None, None]
+        exists = (first[:, None] + jnp.arange(blocks)[None] > 0)[:, :, None, None]
+        kv_before = jnp.where(exists, kv_before, 0)
+        gate_before = jnp.where(exists, gate_before, -jnp.inf)
+        kv_now = jnp.concatenate([kv_before[..., :width], kv_now[..., width:]], axis=2)
+        gate_now = jnp.concatenate([gate_before[..., :width], gate_now[..., width:]], axis=2)
+    return jnp.sum(jax.nn.softmax(gate_now, axis=2) * kv_now, axis=2)
+
+
+def _pad_front(rows: jax.Array, count: int) -> jax.Array:
+    return jnp.pad(rows, ((0, 0), (count, 0), (0, 0)))
+
+
+def _append(history: jax.Array, new: jax.Array, fill: jax.Array, length: int) -> jax.Array:
+    """`length` rows: the first fill[b] of history, then those of `new` (its last row repeats at the end)."""
+    at = jnp.arange(length)[None]
+    index = jnp.where(at < fill[:, None], at, history.shape[1] + jnp.minimum(at - fill[:, None], new.shape[1] - 1))
+    return jnp.take_along_axis(jnp.concatenate([history, new], axis=1), index[..., None], axis=1)
+
+
+def _window(rows: jax.Array, offset: jax.Array, length: int) -> jax.Array:
+    index = offset[:, None] + jnp.arange(length)[None]
+    return jnp.take_along_axis(rows, index[..., None], axis=1)

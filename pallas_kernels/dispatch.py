@@ -1,0 +1,71 @@
+"""Which implementation of an op runs, and why.
+
+An op lists its candidates, fastest first and the reference last. "auto" takes the first one that does not refuse the
+shapes and says, once, what the skipped ones refused; a named implementation runs or raises.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+log = logging.getLogger("pallas_kernels")
+
+
+class UnsupportedError(ValueError):
+    """A named implementation refused the call; the message holds its reason."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation. `unsupported_reason` sees the op's arguments and judges shapes, dtypes and device alone."""
+
+    name: str
+    run: Callable[..., Any]
+    unsupported_reason: Callable[..., str | None]
+
+
+class Op:
+    """A named list of candidates; calling it runs one of them."""
+
+    def __init__(self, name: str, candidates: Sequence[Candidate]):
+        self.name = name
+        self.candidates = tuple(candidates)
+        self._said: set[str] = set()
+        OPS[name] = self
+
+    def __call__(self, *args: Any, implementation: str = "auto", **kwargs: Any) -> Any:
+        """Runs `implementation` ("auto", or a candidate's name). Raises UnsupportedError with every reason."""
+        named = [c for c in self.candidates if implementation in ("auto", c.name)]
+        if not named:
+            known = ", ".join(c.name for c in self.candidates)
+            raise UnsupportedError(f"{self.name} has no implementation {implementation!r}: auto, {known}")
+        refusals = []
+        for candidate in named:
+            reason = candidate.unsupported_reason(*args, **kwargs)
+            if reason is None:
+                self._say(refusals)
+                return candidate.run(*args, **kwargs)
+            refusals.append(f"{candidate.name}: {reason}")
+        raise UnsupportedError(f"{self.name} cannot run: {'; '.join(refusals)}")
+
+    def _say(self, refusals: list[str]) -> None:
+        for refusal in refusals:
+            if refusal not in self._said:
+                self._said.add(refusal)
+                log.info("%s falls back: %s", self.name, refusal)
+
+
+OPS: dict[str, Op] = {}
+
+
+def always(*_args: Any, **_kwargs: Any) -> None:
+    """The reference runs everywhere."""
+    return None
+
+
+def reference(run: Callable[..., Any]) -> Candidate:
+    """The candidate every op ends with."""
+    return Candidate("reference", run, always)

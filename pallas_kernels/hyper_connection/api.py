@@ -1,0 +1,61 @@
+"""The three pieces of mHC: before a sub-layer, behind it, and at the end of the model."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.hyper_connection import reference
+from pallas_kernels.hyper_connection.reference import Mix
+from pallas_kernels.typing import typed
+
+PRE = Op("hyper_connection_pre", [reference_candidate(reference.pre)])
+POST = Op("hyper_connection_post", [reference_candidate(reference.post)])
+HEAD = Op("hyper_connection_head", [reference_candidate(reference.head)])
+
+
+@typed
+def pre(
+    streams: Float[Array, "*rows n D"],
+    fn: Float[Array, "mix nD"],
+    base: Float[Array, " mix"],
+    scale: Float[Array, "3"],
+    norm_weight: Float[Array, " D"],
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "*rows D"], Mix]:
+    """The normed sub-layer input and the coefficients that `post` needs; mix = (2 + n) * n.
+
+    Coefficients and sums are float32; the input comes back in the streams' dtype.
+    """
+    return PRE(
+        streams, fn, base, scale, norm_weight,
+        iterations=iterations, eps=eps, norm_eps=norm_eps, implementation=implementation,
+    )  # fmt: skip
+
+
+@typed
+def post(
+    streams: Float[Array, "*rows n D"], out: Float[Array, "*rows D"], mix: Mix, *, implementation: str = "auto"
+) -> Float[Array, "*rows n D"]:
+    """New stream j = post_j * out + sum_i comb[i, j] * stream_i, summed in float32, in the streams' dtype."""
+    return POST(streams, out, mix, implementation=implementation)
+
+
+@typed
+def head(
+    streams: Float[Array, "*rows n D"],
+    fn: Float[Array, "n nD"],
+    base: Float[Array, " n"],
+    scale: Float[Array, "1"],
+    *,
+    eps: float,
+    norm_eps: float,
+    implementation: str = "auto",
+) -> Float[Array, "*rows D"]:
+    """Collapses the streams by `pre` coefficients alone; the model's last norm follows."""
+    return HEAD(streams, fn, base, scale, eps=eps, norm_eps=norm_eps, implementation=implementation)

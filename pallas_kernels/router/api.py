@@ -1,0 +1,37 @@
+"""Which experts each token takes, with which weights, and the row order the expert matmul needs."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.router import reference
+from pallas_kernels.router.reference import Routing
+from pallas_kernels.typing import typed
+
+ROUTER = Op("router", [reference_candidate(reference.router)])
+
+
+@typed
+def router(
+    x: Float[Array, "N D"],
+    weight: Float[Array, "E D"],
+    bias: Float[Array, " E"] | None,
+    experts: Int[Array, "N k"] | None,
+    *,
+    k: int,
+    scoring: str,
+    normalize: bool,
+    scale: float,
+    implementation: str = "auto",
+) -> Routing:
+    """Routes N tokens, all in float32.
+
+    scoring: sqrtsoftplus, sigmoid or softmax of x @ weight.T. bias: added for the choice only, not to the weights.
+    experts: given (hash routing) or None (the k best by score + bias; ties to the lower expert). normalize: divide
+    the chosen scores by their sum (never with softmax). scale: multiplies the weights at the end.
+    """
+    return ROUTER(
+        x, weight, bias, experts, k=k, scoring=scoring, normalize=normalize, scale=scale, implementation=implementation
+    )

@@ -1,0 +1,68 @@
+"""One softmax over a window and selected compressed entries, with a sink (SPEC section 2, attention).
+
+Two forms of one op. Decode reads single entries by index; prefill takes the window as a band of consecutive rows,
+which is what many queries of one sequence share. Both return the natural log-sum-exp WITHOUT the sink: partial
+results over disjoint entries merge by it, and the sink enters once, at the end.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.sparse_attention import reference
+from pallas_kernels.typing import typed
+
+DECODE = Op("sparse_attention", [reference_candidate(reference.sparse_attention)])
+PREFILL = Op("sparse_attention_prefill", [reference_candidate(reference.sparse_attention_prefill)])
+
+
+@typed
+def sparse_attention(
+    q: Float[Array, "B T H K"],
+    window: Float[Array, "B S K"],
+    window_index: Int[Array, "B T W"],
+    compressed: Float[Array, "B C K"] | None,
+    compressed_index: Int[Array, "B T k"] | None,
+    compressed_count: Int[Array, "B T"] | None,
+    sink: Float[Array, " H"] | None,
+    *,
+    scale: float,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
+    """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
+
+    compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, entries
+    beyond the count are not read either. Entries are keys and values at once. Returns the output in q's dtype and
+    the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
+    """
+    return DECODE(
+        q, window, window_index, compressed, compressed_index, compressed_count, sink,
+        scale=scale, implementation=implementation,
+    )  # fmt: skip
+
+
+@typed
+def sparse_attention_prefill(
+    q: Float[Array, "B T H K"],
+    band: Float[Array, "B S K"],
+    start: Int[Array, " B"],
+    compressed: Float[Array, "B C K"] | None,
+    compressed_index: Int[Array, "B T k"] | None,
+    compressed_count: Int[Array, "B T"] | None,
+    sink: Float[Array, " H"] | None,
+    *,
+    width: int,
+    scale: float,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
+    """Prefill and training form: query t of sequence b is at position start[b] + t and sees the last `width` tokens.
+
+    The LAST T rows of `band` are the queries' own tokens, the S - T before them the tokens that precede `start`;
+    rows of positions below 0 are not read. The rest is as in `sparse_attention`.
+    """
+    return PREFILL(
+        q, band, start, compressed, compressed_index, compressed_count, sink,
+        width=width, scale=scale, implementation=implementation,
+    )  # fmt: skip

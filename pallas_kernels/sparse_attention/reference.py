@@ -1,0 +1,153 @@
+"""The definition: explicit logits per query over its entries, float32 softmax, sink in the final combine."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Queries a block of the banded form: its logits are [BLOCK, width + BLOCK] instead of [T, T].
+BLOCK = 128
+
+
+def sparse_attention(
+    q: jax.Array,
+    window: jax.Array,
+    window_index: jax.Array,
+    compressed: jax.Array | None,
+    compressed_index: jax.Array | None,
+    compressed_count: jax.Array | None,
+    sink: jax.Array | None,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    picked, seen = _gather(window, window_index), window_index >= 0
+    logits = [_masked(jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32), scale, seen)]
+    values = [picked]
+    if compressed is not None:
+        if compressed_index is not None:
+            picked = _gather(compressed, compressed_index)
+            products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
+            seen = _within(compressed_index, compressed_count)
+        else:
+            seen = _first(compressed.shape[1], compressed_count)
+            picked = _blank_unseen(compressed, seen).astype(q.dtype)
+            products = jnp.einsum("bthk,bnk->bthn", q, picked, preferred_element_type=jnp.float32)
+        logits.append(_masked(products, scale, seen))
+        values.append(picked)
+    return _combine(logits, values, sink, q)
+
+
+def sparse_attention_prefill(
+    q: jax.Array,
+    band: jax.Array,
+    start: jax.Array,
+    compressed: jax.Array | None,
+    compressed_index: jax.Array | None,
+    compressed_count: jax.Array | None,
+    sink: jax.Array | None,
+    *,
+    width: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    batch, tokens, heads, head_dim = q.shape
+    history = band.shape[1] - tokens
+    block = tokens if band.shape[1] <= width + BLOCK else BLOCK  # short or full attention: one dense block
+    blocks = -(-tokens // block)
+    before = min(width - 1, band.shape[1] - 1) if blocks > 1 else history
+    # Pad so that every block of queries has `before` rows in front of it and the last one is full.
+    padding = ((0, 0), (max(before - history, 0), blocks * block - tokens), (0, 0))
+    rows = jnp.pad(band[:, max(history - before, 0) :], padding).astype(q.dtype)
+    index = jnp.arange(blocks)[:, None] * block + jnp.arange(before + block)[None]
+    rows = rows[:, index]  # [B, blocks, before + block, K]
+    queries = _to_blocks(q, blocks, block)
+    distance = before + jnp.arange(block)[:, None] - jnp.arange(before + block)[None]  # query minus row
+    position = start[:, None, None] + index[None] - before  # [B, blocks, rows]
+    seen = ((distance >= 0) & (distance < width))[None, None] & (position >= 0)[:, :, None]
+    rows = _blank_unseen(rows, seen)
+    products = jnp.einsum("bcqhk,bcnk->bcqhn", queries, rows, preferred_element_type=jnp.float32)
+    logits, values = [_masked(products, scale, seen)], [rows]
+    if compressed is not None:
+        seen = _selected(compressed.shape[1], compressed_index, compressed_count)
+        entries = _blank_unseen(compressed, seen).astype(q.dtype)
+        products = jnp.einsum("bcqhk,bnk->bcqhn", queries, entries, preferred_element_type=jnp.float32)
+        logits.append(_masked(products, scale, _to_blocks(seen, blocks, block)))
+        values.append(entries)
+    out, lse = _combine(logits, values, sink, queries)
+    return _from_blocks(out, tokens), _from_blocks(lse, tokens)
+
+
+def _combine(
+    logits: list[jax.Array], values: list[jax.Array], sink: jax.Array | None, q: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the concatenated lists; a value array has one axis less where queries share its entries."""
+    top = jnp.max(jnp.concatenate([jnp.max(x, axis=-1, keepdims=True) for x in logits], axis=-1), axis=-1)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))[..., None]
+    weights = [jnp.exp(x - top) for x in logits]
+    total = sum(jnp.sum(w, axis=-1) for w in weights)
+    out = sum(_weighted(w, v, q) for w, v in zip(weights, values, strict=True))
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    lse = jnp.where(some, jnp.log(safe) + top[..., 0], -jnp.inf)
+    share = 1 / safe
+    if sink is not None:
+        # exp(lse) / (exp(lse) + exp(sink)), the part of the softmax that the entries keep.
+        finite = jnp.where(some, lse, 0.0) - jnp.expand_dims(sink.astype(jnp.float32), range(lse.ndim - 1))
+        share = share * jax.nn.sigmoid(finite)
+    return (out * jnp.where(some, share, 0.0)[..., None]).astype(q.dtype), lse
+
+
+def _weighted(weights: jax.Array, values: jax.Array, q: jax.Array) -> jax.Array:
+    spec = {
+        (4, 4): "bthn,btnk->bthk",  # decode, gathered
+        (4, 3): "bthn,bnk->bthk",  # decode, shared
+        (5, 4): "bcqhn,bcnk->bcqhk",  # prefill, band
+        (5, 3): "bcqhn,bnk->bcqhk",  # prefill, compressed
+    }[weights.ndim, values.ndim]
+    return jnp.einsum(spec, weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+
+
+def _masked(products: jax.Array, scale: float, seen: jax.Array) -> jax.Array:
+    return jnp.where(jnp.expand_dims(seen, -2), products * scale, -jnp.inf)
+
+
+def _blank_unseen(entries: jax.Array, seen: jax.Array) -> jax.Array:
+    """Zeroes entries [..., n, K] that no query of seen [..., queries, n] reads: 0 times a stray NaN would be NaN."""
+    return jnp.where(jnp.any(seen, axis=-2)[..., None], entries, 0)
+
+
+def _gather(entries: jax.Array, index: jax.Array) -> jax.Array:
+    """entries [B, N, K] at index [B, T, n] -> [B, T, n, K]; 0, never a stray NaN, where the index is -1."""
+    batch, tokens, count = index.shape
+    flat = jnp.maximum(index, 0).reshape(batch, tokens * count, 1)
+    picked = jnp.take_along_axis(entries, flat, axis=1).reshape(batch, tokens, count, -1)
+    return jnp.where((index >= 0)[..., None], picked, 0)
+
+
+def _within(index: jax.Array, count: jax.Array | None) -> jax.Array:
+    seen = index >= 0
+    return seen if count is None else seen & _first(index.shape[-1], count)
+
+
+def _first(size: int, count: jax.Array | None) -> jax.Array:
+    assert count is not None, "without an index, the number of visible entries is needed"
+    return jnp.arange(size)[None, None] < count[..., None]
+
+
+def _selected(size: int, index: jax.Array | None, count: jax.Array | None) -> jax.Array:
+    """The selection as a mask [B, T, size]."""
+    if index is None:
+        return _first(size, count)
+    batch, tokens, _ = index.shape
+    target = jnp.where(_within(index, count), index, size)
+    rows = jnp.arange(batch * tokens)[:, None]
+    mask = jnp.zeros((batch * tokens, size), bool).at[rows, target.reshape(batch * tokens, -1)].set(True, mode="drop")
+    return mask.reshape(batch, tokens, size)
+
+
+def _to_blocks(x: jax.Array, blocks: int, block: int) -> jax.Array:
+    pad = [(0, 0), (0, blocks * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, pad).reshape(x.shape[0], blocks, block, *x.shape[2:])
+
+
+def _from_blocks(x: jax.Array, tokens: int) -> jax.Array:
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]

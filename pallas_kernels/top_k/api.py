@@ -1,0 +1,27 @@
+"""Top-k with one tie-break everywhere: higher score first, then lower index."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.top_k import reference
+from pallas_kernels.typing import typed
+
+TOP_K = Op("top_k", [reference_candidate(reference.top_k)])
+
+
+@typed
+def top_k(
+    scores: Float[Array, "*rows C"],
+    k: int,
+    counts: Int[Array, "*rows"],
+    *,
+    implementation: str = "auto",
+) -> Int[Array, "*rows k2"]:
+    """Indices of the k best of the first `counts` scores of each row, best first; -1 where there are no more.
+
+    Returns int32 [..., min(k, C)]. Ties go to the lower index; -0 equals +0.
+    """
+    return TOP_K(scores, k, counts, implementation=implementation)

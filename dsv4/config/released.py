@@ -58,6 +58,8 @@ PLAIN_KEYS = {
     "hc_eps": "residual.eps",
 }
 OPTIONAL_KEYS = {"initializer_range", "num_nextn_predict_layers", "bos_token_id", "eos_token_id"}
+# Strict readers want a fraction in the JSON even where the value is whole.
+FLOAT_KEYS = {"swiglu_limit", "routed_scaling_factor", "hc_eps", "rms_norm_eps", "initializer_range"}
 # Keys with one value this architecture allows. Written on export, checked when present.
 FIXED_KEYS: dict[str, Any] = {
     "model_type": "deepseek_v4",
@@ -68,7 +70,8 @@ FIXED_KEYS: dict[str, Any] = {
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
 }
-IGNORED_KEYS = {"architectures", "transformers_version", "use_cache", "torch_dtype", "dtype", "_name_or_path"}
+WRITTEN_KEYS = {"use_cache": True}
+IGNORED_KEYS = {"architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path"}
 YARN_KEYS = {
     "factor": "factor",
     "original_max_position_embeddings": "original_context",
@@ -129,7 +132,7 @@ def from_released(raw: dict[str, Any]) -> ModelConfig:
     ]
     if problems:
         raise ConfigError("; ".join(problems))
-    known = PLAIN_KEYS.keys() | FIXED_KEYS.keys() | IGNORED_KEYS | STRUCTURED_KEYS
+    known = PLAIN_KEYS.keys() | FIXED_KEYS.keys() | WRITTEN_KEYS.keys() | IGNORED_KEYS | STRUCTURED_KEYS
     unknown = sorted(raw.keys() - known)
     if any("dspark" in key for key in unknown):
         raise ConfigError(_DSPARK)
@@ -229,19 +232,21 @@ def to_released(config: ModelConfig) -> dict[str, Any]:
     problems += [f"residual.kind is {config.residual.kind}"] if config.residual.kind != "hyper" else []
     problems += ["moe.experts is 0"] if not config.moe.experts else []
     problems += ["moe.shared is 0"] if not config.moe.shared else []
+    problems += ["moe.swiglu_limit is 0 (write no clamp as 1e30)"] if not config.moe.swiglu_limit else []
     if problems:
         raise ConfigError(
             "the released format cannot express this model (a research setting): "
             + "; ".join(problems)
             + ". Keep it as an orbax checkpoint, or change those fields"
         )
+    _warn_of_other_readers(config)
     raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "torch_dtype": config.storage.dtype}
-    raw |= FIXED_KEYS
+    raw |= FIXED_KEYS | WRITTEN_KEYS
     for key, dotted in PLAIN_KEYS.items():
         value: Any = config
         for name in dotted.split("."):
             value = getattr(value, name)
-        raw[key] = value
+        raw[key] = float(value) if key in FLOAT_KEYS else value
     raw["num_hidden_layers"] = len(config.layers)
     raw["compress_ratios"] = [layer.ratio for layer in config.layers] + [0] * config.mtp_blocks
     if (yarn := config.attention.yarn) is not None:
@@ -249,10 +254,11 @@ def to_released(config: ModelConfig) -> dict[str, Any]:
     if config.storage.dense == "fp8":
         raw["quantization_config"] = FP8
         raw["expert_dtype"] = config.storage.experts if config.storage.experts != "plain" else "fp8"
-    if any(layer.kind == "hca" and layer.ratio != 128 for layer in config.layers):
+    hca_ratios = {layer.ratio for layer in config.layers if layer.kind == "hca"}
+    if len(hca_ratios) == 1 and hca_ratios != {128}:
         # Readers that look at layer_types instead of compress_ratios assume a ratio of 128 unless told.
         raw["layer_types"] = [LAYER_TYPES[layer.kind] for layer in config.layers]
-        raw["compress_rates"] = {LAYER_TYPES["csa"]: 4, LAYER_TYPES["hca"]: _one_hca_ratio(config)}
+        raw["compress_rates"] = {LAYER_TYPES["csa"]: 4, LAYER_TYPES["hca"]: hca_ratios.pop()}
     return raw
 
 
@@ -260,9 +266,12 @@ def _expressible(layer: Any) -> bool:
     return layer.kind != "full" and released_layer(layer.ratio) == layer
 
 
-def _one_hca_ratio(config: ModelConfig) -> int | list[int]:
-    ratios = sorted({layer.ratio for layer in config.layers if layer.kind == "hca"})
-    return ratios[0] if len(ratios) == 1 else ratios
+def _warn_of_other_readers(config: ModelConfig) -> None:
+    """Settings that the released format has a key for, but another implementation is known to ignore."""
+    ignored = [] if config.moe.normalize and config.moe.scoring != "softmax" else ["weights that are not renormalised"]
+    ignored += [f"{config.moe.shared} shared experts (they assume 1)"] if config.moe.shared > 1 else []
+    if ignored:
+        warnings.warn(f"other implementations of deepseek_v4 ignore: {'; '.join(ignored)}", stacklevel=3)
 
 
 def write_released(config: ModelConfig, path: str | Path) -> None:

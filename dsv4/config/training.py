@@ -22,7 +22,7 @@ class TrainConfig:
     dense_steps: int = 0
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: float = 3e-3
-    matrix_learning_rate: float = 2e-2  # Muon's matrices; their update RMS is rescaled to AdamW's
+    matrix_learning_rate: float = 6e-3  # Muon's matrices: an update has an RMS of 0.18 times this
     final_fraction: float = 0.1  # of the learning rates, at the end of the cosine
     warmup_steps: int = 50
     weight_decay: float = 0.1

@@ -76,7 +76,7 @@ def decode_step(model: Model, tokens: Any, cache: Cache, *, count: Any = None) -
     return (logits[:, 0] if tokens.ndim == 1 else logits), cache
 
 
-def _forward_body(model: Model, ids: jax.Array, trace: bool) -> tuple[jax.Array, Trace | None]:
+def forward_body(model: Model, ids: jax.Array, trace: bool) -> tuple[jax.Array, Trace | None]:
     with jax.default_matmul_precision(model.execution.precision):
         module = model.bind()
         count = jnp.full(ids.shape[0], ids.shape[1], jnp.int32)
@@ -109,6 +109,6 @@ def _poison(logits: jax.Array, position: jax.Array, cache: Cache) -> jax.Array:
     return jnp.where((position < cache.capacity)[..., None], logits, jnp.nan)
 
 
-_forward = functools.partial(jax.jit, static_argnums=2)(_forward_body)
+_forward = functools.partial(jax.jit, static_argnums=2)(forward_body)
 extend = jax.jit(extend_body)
 last_logits = jax.jit(_last_body)

@@ -78,13 +78,18 @@ class Transformer(nnx.Module):
         """float32 logits [..., V] of normed hidden states [..., D]."""
         return self.head(hidden.astype(jnp.float32), out_dtype=jnp.float32)
 
-    def predict_next(self, streams: jax.Array, next_ids: jax.Array, block: int = 0) -> jax.Array:
-        """MTP logits float32 [B, T, V] of whole sequences: streams after the last layer, ids one position on."""
+    def predict_next(
+        self, streams: jax.Array, next_ids: jax.Array, block: int = 0
+    ) -> tuple[jax.Array, LayerTrace]:
+        """MTP logits float32 [B, T, V] of whole sequences, and the block's trace.
+
+        streams [B, T, n, D] after the last layer; next_ids [B, T] the tokens one position on.
+        """
         batch, tokens = next_ids.shape
         start, count = jnp.zeros(batch, jnp.int32), jnp.full(batch, tokens, jnp.int32)
         embedded = self.embed(next_ids, streams.dtype)
-        hidden, _, _ = self.mtp[block].predict(streams, next_ids, embedded, start, count, None)
-        return self.logits(hidden)
+        hidden, _, trace = self.mtp[block].predict(streams, next_ids, embedded, start, count, None)
+        return self.logits(hidden), trace
 
 
 @functools.lru_cache(maxsize=32)

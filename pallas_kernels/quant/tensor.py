@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8, UInt32
 
 from pallas_kernels.quant.formats import FP8_BLOCK, MXFP4, QuantFormat
+from pallas_kernels.typing import typed
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["format"])
@@ -67,6 +68,7 @@ class QuantTensor:
         return problems
 
 
+@typed
 def dequantize(x: QuantTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "... out in"]:
     """The array `x` stands for: `values * scale`, exact in float32, then cast once to `dtype`.
 
@@ -103,9 +105,7 @@ def _float32_bits_of_e2m1(codes: UInt8[Array, "..."]) -> UInt32[Array, "..."]:
     return (codes >> 3) << 31 | jnp.where(magnitude < 2, small, normal)
 
 
-def _spread(
-    codes: UInt8[Array, "... tr tc"], tile: tuple[int, int], shape: tuple[int, ...]
-) -> UInt8[Array, "... r c"]:
+def _spread(codes: UInt8[Array, "... tr tc"], tile: tuple[int, int], shape: tuple[int, ...]) -> UInt8[Array, "... r c"]:
     """One code a tile -> one an element of `shape`; the last tile of an axis is cut where it is partial."""
     for axis, width in zip((-2, -1), tile, strict=True):
         codes = jnp.repeat(codes, width, axis=axis) if width > 1 else codes

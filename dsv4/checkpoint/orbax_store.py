@@ -1,0 +1,136 @@
+"""Checkpoints of our own, through orbax: any ModelConfig and any dtype, research models included.
+
+One tree of plain arrays is stored under our names; a QuantTensor becomes `{"values", "scale"}`. The config
+and the format of every QuantTensor travel in the checkpoint's custom metadata, so that a directory is all
+`restore` needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv4.checkpoint.config_json import config_from_dict, config_to_dict
+from dsv4.checkpoint.errors import CheckpointError
+from dsv4.checkpoint.writer import Model, replacing, require_vacant
+from dsv4.config.model import ConfigError, ModelConfig
+from dsv4.parameters import tensor_name
+from pallas_kernels.quant import FORMATS, QuantTensor
+
+KIND, VERSION = "dsv4", 1
+
+
+def save(model: Model, directory: str | Path) -> None:
+    """Writes `model.config` and `model.params` (nested dicts of arrays and QuantTensor), whole or not at all.
+
+    `model.tokenizer_path`, a file, is copied to tokenizer.json where it exists and is not None.
+
+    Raises CheckpointError if `directory` is not vacant, for a leaf or key that cannot be stored, or if
+    writing fails.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = Path(directory).expanduser().absolute()
+    require_vacant(path)
+    formats: dict[str, str] = {}
+    tree = _encode(model.params, (), formats)
+    metadata = {"kind": KIND, "version": VERSION, "config": config_to_dict(model.config), "formats": formats}
+    tokenizer = getattr(model, "tokenizer_path", None)
+    try:
+        with _quiet(), replacing(path) as new:
+            ocp.save(str(new), tree, custom_metadata=metadata)
+            if tokenizer is not None:
+                shutil.copyfile(tokenizer, new / "tokenizer.json")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"cannot write {path}, nothing was left there: {error}") from error
+
+
+def restore(directory: str | Path) -> tuple[ModelConfig, dict[Any, Any]]:
+    """(config, params) as `save` was given them, bit for bit, on jax's default device.
+
+    Raises CheckpointError for a directory that `save` did not write, or that is damaged; ConfigError for a
+    config of a later version.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    path = Path(directory).expanduser().absolute()
+    if not is_orbax(path):
+        raise CheckpointError(f"{path} is no orbax checkpoint; dsv4.checkpoint.read reads released ones")
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    try:
+        with _quiet():
+            found = ocp.metadata(str(path))
+            ours: Any = found.custom_metadata or {}
+            if ours.get("kind") != KIND or ours.get("version") != VERSION:
+                raise CheckpointError(
+                    f"{path} was not written by dsv4.checkpoint.save (version {VERSION}): it has kind "
+                    f"{ours.get('kind')!r}, version {ours.get('version')!r}"
+                )
+            config = config_from_dict(ours["config"])
+            # Without shardings orbax would look for the devices the checkpoint was written from.
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), found.metadata
+            )
+            tree = ocp.load(str(path), abstract)
+            return config, _decode(tree, (), ours["formats"])
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # orbax and tensorstore raise many types for a damaged checkpoint
+        raise CheckpointError(f"{path} cannot be restored: {type(error).__name__}: {error}") from error
+
+
+def is_orbax(directory: str | Path) -> bool:
+    """Whether `directory` is a finished orbax checkpoint."""
+    return (Path(directory) / "_CHECKPOINT_METADATA").is_file()
+
+
+def _encode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
+    """The tree with str keys and plain arrays; notes the format of each QuantTensor under its name."""
+    if isinstance(node, QuantTensor):
+        formats[tensor_name(path)] = node.format.name
+        node = {"values": node.values, "scale": node.scale}
+        return {part: _encode(array, (*path, part), formats) for part, array in node.items()}
+    if isinstance(node, dict) and node:
+        for key in node:
+            if not isinstance(key, str | int) or (isinstance(key, str) and key.isdecimal()):
+                raise CheckpointError(f"key {key!r} under {tensor_name(path)!r}: keys are ints, or names")
+        return {str(key): _encode(value, (*path, key), formats) for key, value in node.items()}
+    if not isinstance(node, jax.Array | np.ndarray) or not node.size:
+        raise CheckpointError(f"{tensor_name(path)} is {node!r:.80}: only non-empty arrays can be stored")
+    array = jax.device_put(node)
+    if array.dtype != node.dtype:
+        raise CheckpointError(f"{tensor_name(path)} is {node.dtype}, jax makes it {array.dtype}: cast it")
+    return array
+
+
+def _decode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
+    if (name := formats.get(tensor_name(path))) is not None:
+        if name not in FORMATS:
+            raise CheckpointError(f"{tensor_name(path)} has format {name!r}, known are {', '.join(FORMATS)}")
+        return QuantTensor(node["values"], node["scale"], FORMATS[name])
+    if isinstance(node, dict):
+        keys = {key: int(key) if key.isdecimal() else key for key in node}
+        return {keys[key]: _decode(value, (*path, key), formats) for key, value in node.items()}
+    return node
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs every step through absl; only errors are worth a line."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,129 @@
+"""From a command line to an exit code.
+
+A command is a frozen dataclass with a `run` method, in a module of its own that imports jax inside `run` only: help and
+`info` answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import operator
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Protocol
+
+# Command -> (module, class, one line for `dsv4 --help`).
+COMMANDS = {
+    "info": ("dsv4.cli.info", "Info", "What a model is and costs: parameters, layers, cache bytes, weight bytes."),
+    "generate": ("dsv4.cli.generate", "Generate", "Continues a prompt, token by token, and says how fast."),
+    "logits": ("dsv4.cli.logits", "Logits", "Exact float32 logits of token ids, to compare with other implementations."),
+    "import": ("dsv4.cli.import_checkpoint", "Import", "A released checkpoint becomes one of ours (orbax)."),
+    "export": ("dsv4.cli.export_checkpoint", "Export", "A checkpoint of ours becomes a released one."),
+    "train": ("dsv4.cli.train", "Train", "Trains a config from scratch."),
+    "doctor": ("dsv4.cli.doctor", "Doctor", "Versions, devices, and which implementation of every op would run here."),
+}
+DESCRIPTION = """A readable, exact, trainable DeepSeek-V4 in JAX.
+
+examples:
+  dsv4 info flash
+  dsv4 generate "In the beginning" --temperature 0.8
+  dsv4 train tiny --set train.steps=200 --out runs/tiny
+  dsv4 logits CHECKPOINT --input-ids ids.npy --output logits.npy
+
+CONFIG is a name (see `dsv4 info --help`), a Python file, a config.json or a checkpoint directory. --set changes one
+field of it. Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 (failed), 2 (bad arguments).
+DSV4_DEBUG=1 shows the traceback of an error."""
+# Errors that are the user's to fix: their message is all there is to say. A module that was never imported has raised
+# nothing, so none is imported for this.
+USER_ERRORS = {
+    "dsv4.config.model": "ConfigError",
+    "dsv4.checkpoint.errors": "CheckpointError",
+    "dsv4.decoding.inputs": "InputError",
+    "pallas_kernels.dispatch": "UnsupportedError",
+}
+
+
+class Command(Protocol):
+    def run(self) -> None: ...
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Parses and runs; see `dsv4.cli.main`."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command = _parse(list(argv))
+    except SystemExit as stop:  # tyro's way out: 0 after help, 2 for what cannot be parsed
+        return int(stop.code or 0)
+    with _warnings_in_one_line():
+        try:
+            command.run()
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
+        except BrokenPipeError:  # the reader of stdout (`| head`) has gone: nothing more to say, nor at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            if os.environ.get("DSV4_DEBUG") == "1" or not isinstance(error, _user_errors()):
+                raise
+            return _fail(str(error))
+    return 0
+
+
+def _parse(argv: list[str]) -> Command:
+    try:
+        import tyro
+    except ModuleNotFoundError as error:  # images with jax and flax often lack it; the library does not need it
+        print(f"dsv4: error: the command line needs {error.name}: pip install {error.name}", file=sys.stderr)
+        raise SystemExit(1) from None
+    if argv and argv[0] in COMMANDS:
+        return tyro.cli(_load(argv[0]), prog=f"dsv4 {argv[0]}", args=argv[1:])
+    if argv == ["--version"]:
+        from dsv4 import __version__
+
+        print(__version__)
+        raise SystemExit(0)
+    choices = (
+        Annotated[_load(name), tyro.conf.subcommand(name, description=line)]
+        for name, (_, _, line) in COMMANDS.items()
+    )
+    either: Any = functools.reduce(operator.or_, choices)
+    return tyro.cli(either, prog="dsv4", description=DESCRIPTION, args=argv)
+
+
+def _load(name: str) -> type[Command]:
+    module, kind, _ = COMMANDS[name]
+    return getattr(importlib.import_module(module), kind)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    found = (getattr(sys.modules.get(module), name, None) for module, name in USER_ERRORS.items())
+    return (OSError, FloatingPointError, *(error for error in found if error is not None))
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"dsv4: error: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def one_line(message: str) -> str:
+    """A message of several lines as one: a list below its heading becomes `heading: item; item`."""
+    head, *rest = (line.strip() for line in message.strip().splitlines() if line.strip())
+    joined = head
+    for line in rest:
+        joined += (" " if joined.endswith(":") else "; ") + line
+    return joined
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Warnings are for the user too: no file name, no source line. Each is shown once."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_args, **_kwargs: print(  # type: ignore[assignment]
+            f"dsv4: warning: {one_line(str(message))}", file=sys.stderr
+        )
+        yield

@@ -1,0 +1,152 @@
+"""`dsv4 generate`: text from a model, and what it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from dsv4.cli import output
+from dsv4.cli.arguments import Checkpoint, JsonFile
+from dsv4.cli.compilation import keep_compiled_programs
+from dsv4.cli.source import load_model
+from dsv4.cost import count_parameters, dense_multihead_bytes_per_token
+
+if TYPE_CHECKING:
+    from dsv4.decoding.generate import Generation
+    from dsv4.model.handle import Model
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continues a prompt: the text comes to stdout as it is made, then a table of speeds and sizes to stderr.
+
+    The prompt is text. The begin id is put before it, and a special token spelled in it is ordinary text. Compiled
+    programs are kept in the user's cache directory, or in $DSV4_COMPILATION_CACHE (`off` for none).
+
+    examples:
+      dsv4 generate "In the beginning"
+      dsv4 generate "KING HENRY" --temperature 0 --max-new 400
+      dsv4 generate --prompt-file prompt.txt --checkpoint runs/tiny/model --json facts.json
+    """
+
+    prompt: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[PROMPT]")] = None
+    """The text to continue."""
+    prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """A file that holds the prompt instead (UTF-8)."""
+    checkpoint: Checkpoint = "small"
+    max_new: int = 200
+    """The most tokens to make; the end id stops earlier."""
+    temperature: float = 0.8
+    """0 takes the most likely token every time."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability; 1: from all."""
+    seed: int = 0
+    """The same seed, prompt and options give the same text on the same device."""
+    json: JsonFile = None
+
+    def run(self) -> None:
+        from dsv4.decoding.generate import prompt_ids, stream
+        from dsv4.decoding.sample import Sampling
+        from dsv4.decoding.text import encode, load_tokenizer
+
+        prompt = self._prompt()
+        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        with output.json_file(self.json) as write:
+            keep_compiled_programs()
+            model = load_model(self.checkpoint)
+            tokenizer = load_tokenizer(model)
+            ids = prompt_ids(model.config, encode(tokenizer, prompt))
+            with output.progress("compiling"):
+                tokens = stream(model, ids, max_new=self.max_new, sampling=sampling, seed=self.seed)
+                tokens.warm_up()
+            text = _show(tokens, tokenizer, prompt)
+            facts = {"prompt": prompt, "text": text} | run_facts(model, tokens)
+            write(facts)
+        output.table(_rows(facts), ("", ""), file=sys.stderr)
+
+    def _prompt(self) -> str:
+        from dsv4.decoding.inputs import InputError
+
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise InputError("give a prompt or --prompt-file FILE, one of them: dsv4 generate 'In the beginning'")
+        if self.prompt is not None:
+            prompt, origin = self.prompt, "the prompt"
+        else:
+            assert self.prompt_file is not None
+            origin = str(self.prompt_file)
+            try:
+                prompt = self.prompt_file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{origin} is not UTF-8 text: {error}") from None
+        if not prompt:
+            raise InputError(f"{origin} is empty: give some text to continue")
+        return prompt
+
+
+def run_facts(model: Model, tokens: Generation) -> dict[str, Any]:
+    """Speeds, parameters and cache bytes of a finished generation, as plain data."""
+    stats, parameters = tokens.stats, count_parameters(model.config)
+    growing, fixed = cache_bytes(tokens)
+    return {
+        **dataclasses.asdict(stats),
+        "prefill_tokens_per_second": stats.prefill_tokens_per_second,
+        "decode_tokens_per_second": stats.decode_tokens_per_second,
+        "parameters": dataclasses.asdict(parameters),
+        "cache_dtype": model.execution.cache_dtype or model.execution.dtype,
+        "cache_bytes_per_token": growing,
+        "cache_bytes_fixed": fixed,
+        "dense_multihead_bytes_per_token": dense_multihead_bytes_per_token(model.config),
+    }
+
+
+def cache_bytes(tokens: Generation) -> tuple[float, int]:
+    """(bytes a token of context, fixed bytes a sequence) of the arrays of the cache, which holds one sequence."""
+    cache = tokens.cache
+    growing = fixed = 0
+    for layer in cache.layers:
+        if layer.window.shape[1] == cache.capacity:  # a full layer keeps every token
+            growing += layer.window.nbytes
+        else:
+            fixed += layer.window.nbytes
+        for part in (layer.compressed, layer.index):
+            if part is not None:
+                growing += part.entries.nbytes
+                fixed += part.state.kv.nbytes + part.state.gate.nbytes
+    return growing / cache.capacity, fixed
+
+
+def _show(tokens: Generation, tokenizer: Any, prompt: str) -> str:
+    """Prints the text as it comes and returns it; on a terminal the prompt stands before it, dimmed."""
+    from dsv4.decoding.generate import stream_text
+    from dsv4.decoding.text import TextDecoder
+
+    terminal = sys.stdout.isatty()
+    if terminal:
+        print(f"\033[2m{prompt}\033[0m", end="", flush=True)
+    pieces = []
+    for piece in stream_text(TextDecoder(tokenizer), tokens):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(pieces)
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    parameters, growing = facts["parameters"], facts["cache_bytes_per_token"]
+    dense = facts["dense_multihead_bytes_per_token"]
+    return [
+        ("prefill", f"{facts['prefill_tokens_per_second']:,.0f} tokens/s ({facts['prompt_tokens']} tokens)"),
+        ("decode", f"{facts['decode_tokens_per_second']:,.0f} tokens/s ({facts['new_tokens']} tokens)"),
+        ("compilation", f"{facts['compile_seconds']:.1f} s, not part of the above"),
+        ("parameters", f"{output.count(parameters['total'])} total, {output.count(parameters['active'])} active per token"),
+        ("cache", f"{growing:,.0f} B per token of context ({facts['cache_dtype']}), and "
+                  f"{output.size(facts['cache_bytes_fixed'])} a sequence"),
+        ("dense cache", f"{dense:,} B per token of context: every head and layer, bf16"),
+    ]  # fmt: skip

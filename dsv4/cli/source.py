@@ -1,0 +1,54 @@
+"""From what a user names to a config or a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsv4.config import ConfigError, Execution, NamedConfig, apply_overrides, load_config, names
+
+if TYPE_CHECKING:
+    from dsv4.model.handle import Model
+
+SHIPPED = Path(__file__).resolve().parents[1] / "shipped"
+ORBAX_MARKER = "_CHECKPOINT_METADATA"
+
+
+def named_config(source: str, overrides: Sequence[str] = ()) -> NamedConfig:
+    """The config a CONFIG argument means, with overrides. Raises ConfigError."""
+    named = _load(source)
+    for text in overrides:
+        if text.partition("=")[0].partition(".")[0].strip() not in ("model", "train"):
+            raise ConfigError(f"--set {text}: the field starts with model. or train., e.g. --set model.{text.lstrip()}")
+        named = apply_overrides(named, [text])
+    return named
+
+
+def _load(source: str) -> NamedConfig:
+    path = Path(source)
+    if source not in names() and not path.exists() and (SHIPPED / source / "config.json").is_file():
+        path = SHIPPED / source
+    if (path / ORBAX_MARKER).is_file():
+        return NamedConfig(path.name, _orbax_config(path))
+    return load_config(path if path.exists() else source)
+
+
+def _orbax_config(path: Path):
+    from dsv4.checkpoint import config_from_dict
+
+    try:
+        metadata = json.loads((path / ORBAX_MARKER).read_text())
+        return config_from_dict(metadata["custom_metadata"]["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no checkpoint that dsv4 wrote: {error}") from None
+
+
+def load_model(source: str, execution: Execution | None = None) -> Model:
+    """The model of a CHECKPOINT argument, with progress on stderr. Raises ConfigError or CheckpointError."""
+    from dsv4.api import load
+    from dsv4.cli.output import progress
+
+    with progress(f"loading {source}") as report:
+        return load(source, execution=execution, progress=report)

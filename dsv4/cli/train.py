@@ -1,0 +1,58 @@
+"""`dsv4 train`: the training loop of dsv4.training.run, from the command line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dsv4.cli import output
+from dsv4.cli.arguments import Config, JsonFile, Overrides
+from dsv4.cli.source import named_config
+
+Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a config from scratch and leaves metrics, resumable state and the exported model in --out.
+
+    examples:
+      dsv4 train tiny --out runs/tiny
+      dsv4 train small --set train.steps=5000 --set model.moe.experts=16 --out runs/more-experts
+      dsv4 train small --out runs/small --resume
+    """
+
+    config: Config
+    set: Overrides = ()
+    out: Directory = None
+    """Where the run goes (default: runs/<name of the config>)."""
+    data: Directory = None
+    """Tokens made by an earlier run or by dsv4.training.prepare (default: made in --out)."""
+    resume: bool = False
+    """Continue the run in --out from its last saved step."""
+    json: JsonFile = None
+
+    def run(self) -> None:
+        named = named_config(self.config, self.set)
+        out = self.out or Path("runs") / named.name
+        with output.json_file(self.json) as write:
+            from dsv4.training.run import train
+
+            result = train(named, out, data=self.data, resume=self.resume, report=_say)
+            facts = {
+                "directory": str(result.directory),
+                "bits_per_byte": result.bits_per_byte,
+                "seconds": result.seconds,
+            }
+            write(facts)
+        print(f"{result.directory}: {result.bits_per_byte:.4f} bits per byte held out, {result.seconds:.0f} s")
+
+
+def _say(row: dict[str, Any]) -> None:
+    shown = ("step", "loss", "bits_per_byte", "tokens_per_second")
+    parts = (f"{name.replace('_', ' ')} {row[name]:.6g}" for name in shown if name in row)
+    print(", ".join(parts), file=sys.stderr)

@@ -1,0 +1,67 @@
+"""How many parameters a config has, how many of them one token uses, and the bytes they take on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dsv4.config import ModelConfig, StorageConfig
+from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs
+
+FP8_TILE = 128  # an fp8 weight has one scale byte for every 128 x 128 block
+FP4_GROUP = 32  # an fp4 weight has one scale byte for every 32 codes of a row
+HASH_BYTES = 8  # released hash tables are int64
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """total: of the model without its MTP blocks, hash tables not counted. active: those one token is multiplied by.
+
+    mtp: of the multi-token prediction blocks, which share the embedding and the head.
+    """
+
+    total: int
+    active: int
+    mtp: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Counts from the declared shapes.
+
+    Of E routed experts a token uses k. It reads one row of the input embedding, so that table is not active.
+    """
+    total = mtp = 0
+    active = Fraction(0)
+    for path, spec in leaves(model_specs(config)):
+        if spec.kind == "hash":
+            continue
+        if path[0] == "mtp":
+            mtp += spec.size
+            continue
+        total += spec.size
+        if spec.kind == "expert":
+            active += Fraction(spec.size * config.moe.per_token, config.moe.experts)
+        elif spec.kind != "embedding":
+            active += spec.size
+    return ParameterCount(total, int(active), mtp)
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of every tensor, MTP blocks and hash tables included, as `config.storage` keeps them (SPEC section 3)."""
+    return sum(_stored_bytes(spec, config.storage) for _, spec in leaves(model_specs(config)))
+
+
+def _stored_bytes(spec: Spec, storage: StorageConfig) -> int:
+    if spec.kind == "hash":
+        return spec.size * HASH_BYTES
+    if spec.kind in FLOAT32_CLASSES:
+        return spec.size * 4
+    match {"dense": storage.dense, "expert": storage.experts}.get(spec.kind, "plain"):
+        case "fp8":
+            *stack, out, into = spec.shape
+            blocks = -(-out // FP8_TILE) * -(-into // FP8_TILE)
+            return spec.size + blocks * (stack[0] if stack else 1)
+        case "fp4":
+            return spec.size // 2 + spec.size // spec.shape[-1] * -(-spec.shape[-1] // FP4_GROUP)
+        case _:
+            return spec.size * (4 if storage.dtype == "float32" else 2)

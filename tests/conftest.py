@@ -1,0 +1,23 @@
+"""Strict arithmetic for every test, and one compilation cache for all workers."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("DSV4_TYPECHECK", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+ORACLE = Path(__file__).parent / "oracle"
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Path:
+    """The folder of recorded numbers (see its README)."""
+    return ORACLE

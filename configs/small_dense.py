@@ -3,8 +3,6 @@
     dsv4 train small_dense --out runs/small_dense
 """
 
-import dataclasses
-
 from dsv4.config import AttentionConfig, HyperConnectionConfig, ModelConfig, MoEConfig, TrainConfig
 from dsv4.config.overrides import parse_layers
 
@@ -19,5 +17,7 @@ MODEL = ModelConfig(
     moe=MoEConfig(experts=0, shared=1, expert_width=344),
     residual=HyperConnectionConfig(kind="plain", streams=1),
 )
-TRAIN = TrainConfig(steps=2000, batch=16, length=2048, optimizer="muon", warmup_steps=100, eval_every=250, save_every=500)
-TRAIN = dataclasses.replace(TRAIN, mtp_weight=0.0)
+TRAIN = TrainConfig(
+    steps=1000, batch=16, length=2048, optimizer="muon", warmup_steps=100, weight_decay=1.0, mtp_weight=0.0,
+    eval_every=250, save_every=500,
+)  # fmt: skip

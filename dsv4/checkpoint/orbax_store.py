@@ -101,9 +101,9 @@ def _encode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
         node = {"values": node.values, "scale": node.scale}
         return {part: _encode(array, (*path, part), formats) for part, array in node.items()}
     if isinstance(node, dict) and node:
-        for key in node:
-            if not isinstance(key, str | int) or (isinstance(key, str) and key.isdecimal()):
-                raise CheckpointError(f"key {key!r} under {tensor_name(path)!r}: keys are ints, or names")
+        names = all(isinstance(key, str) and not key.isdecimal() for key in node)
+        if not names and not all(type(key) is int and key >= 0 for key in node):
+            raise CheckpointError(f"keys {list(node)} under {tensor_name(path)!r}: all must be names, or all ints >= 0")
         return {str(key): _encode(value, (*path, key), formats) for key, value in node.items()}
     if not isinstance(node, jax.Array | np.ndarray) or not node.size:
         raise CheckpointError(f"{tensor_name(path)} is {node!r:.80}: only non-empty arrays can be stored")
@@ -119,8 +119,10 @@ def _decode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
             raise CheckpointError(f"{tensor_name(path)} has format {name!r}, known are {', '.join(FORMATS)}")
         return QuantTensor(node["values"], node["scale"], FORMATS[name])
     if isinstance(node, dict):
-        keys = {key: int(key) if key.isdecimal() else key for key in node}
-        return {keys[key]: _decode(value, (*path, key), formats) for key, value in node.items()}
+        decoded = {key: _decode(value, (*path, key), formats) for key, value in node.items()}
+        if all(map(str.isdecimal, decoded)):  # layers; orbax sorts them as text
+            return {int(key): decoded[key] for key in sorted(decoded, key=int)}
+        return decoded
     return node
 
 

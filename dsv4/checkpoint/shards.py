@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from dsv4.checkpoint.errors import CheckpointError
-from dsv4.checkpoint.layout import StoredLeaf
-from dsv4.checkpoint.safetensors import SafetensorsFile
+from dsv4.checkpoint.layout import StoredLeaf, StoredTensor
+from dsv4.checkpoint.safetensors import Entry, SafetensorsFile
 
 INDEX = "model.safetensors.index.json"
 Problems = defaultdict[str, list[str]]
@@ -123,19 +123,25 @@ def _compare(leaf: StoredLeaf, found: dict[str, SafetensorsFile], excused: Colle
         if entry is None:
             if tensor.name not in excused:
                 problems["missing tensors"].append(tensor.name)
-        elif entry.dtype not in tensor.dtypes or entry.shape != tensor.shape:
-            hint = ""
-            if leaf.spec.kind == "expert" and entry.dtype in ("I8", "U8", "F8_E4M3"):
-                hint = ' (packed FP4 is "expert_dtype": "fp4", E4M3 is "fp8")'
-            problems["wrong shape or dtype"].append(
-                f"{tensor.name} is {entry}, config.json asks for {' or '.join(tensor.dtypes)} "
-                f"{list(tensor.shape)} by its sizes and {leaf.reason}{hint}"
-            )
+        elif text := _wrong(leaf, tensor, entry):
+            problems["wrong shape or dtype"].append(f"{tensor.name} {text}")
     dtypes = {stored[t.name].dtype for t in leaf.tensors if t.part == "values" and t.name in stored}
     if leaf.format is None and len(dtypes) > 1 and dtypes <= set(leaf.tensors[0].dtypes):
         problems["wrong shape or dtype"].append(
             f"{leaf.tensors[0].name} and its fellow experts have dtypes {', '.join(sorted(dtypes))}"
         )
+
+
+def _wrong(leaf: StoredLeaf, tensor: StoredTensor, entry: Entry) -> str | None:
+    if entry.dtype not in tensor.dtypes:
+        asked = f"{' or '.join(tensor.dtypes)} {list(tensor.shape)}"
+        hint = ""
+        if leaf.spec.kind == "expert" and entry.dtype in ("I8", "U8", "F8_E4M3"):
+            hint = '; packed FP4 is "expert_dtype": "fp4", E4M3 is "fp8"'
+        return f"is {entry}, config.json asks for {asked} ({leaf.reason}{hint})"
+    if entry.shape != tensor.shape:
+        return f"has shape {list(entry.shape)}, the sizes in config.json give {list(tensor.shape)}"
+    return None
 
 
 def _causes(extra: list[str]) -> list[str]:

@@ -16,15 +16,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Protocol
 
-# Command -> (module, class, one line for `dsv4 --help`).
+# Command -> (module, class). The first line of the class's docstring stands in `dsv4 --help`.
 COMMANDS = {
-    "info": ("dsv4.cli.info", "Info", "What a model is and costs: parameters, layers, cache bytes, weight bytes."),
-    "generate": ("dsv4.cli.generate", "Generate", "Continues a prompt, token by token, and says how fast."),
-    "logits": ("dsv4.cli.logits", "Logits", "Exact float32 logits of token ids, to compare with other implementations."),
-    "import": ("dsv4.cli.import_checkpoint", "Import", "A released checkpoint becomes one of ours (orbax)."),
-    "export": ("dsv4.cli.export_checkpoint", "Export", "A checkpoint of ours becomes a released one."),
-    "train": ("dsv4.cli.train", "Train", "Trains a config from scratch."),
-    "doctor": ("dsv4.cli.doctor", "Doctor", "Versions, devices, and which implementation of every op would run here."),
+    "info": ("dsv4.cli.info", "Info"),
+    "generate": ("dsv4.cli.generate", "Generate"),
+    "logits": ("dsv4.cli.logits", "Logits"),
+    "import": ("dsv4.cli.import_checkpoint", "Import"),
+    "export": ("dsv4.cli.export_checkpoint", "Export"),
+    "train": ("dsv4.cli.train", "Train"),
+    "doctor": ("dsv4.cli.doctor", "Doctor"),
 }
 DESCRIPTION = """A readable, exact, trainable DeepSeek-V4 in JAX.
 
@@ -34,9 +34,13 @@ examples:
   dsv4 train tiny --set train.steps=200 --out runs/tiny
   dsv4 logits CHECKPOINT --input-ids ids.npy --output logits.npy
 
-CONFIG is a name (see `dsv4 info --help`), a Python file, a config.json or a checkpoint directory. --set changes one
-field of it. Results go to stdout, progress and errors to stderr. Exit codes: 0, 1 (failed), 2 (bad arguments).
-DSV4_DEBUG=1 shows the traceback of an error."""
+the same everywhere:
+  CONFIG         a name, a Python file, a config.json, or a checkpoint directory
+  --set A.B=C    changes one field of the config; give it as often as you like
+  --json FILE    also writes the results as JSON, whole or not at all
+  stdout         results; progress, warnings and errors go to stderr
+  exit code      0, 1 (failed, with one line that says why) or 2 (bad arguments)
+  DSV4_DEBUG=1   shows the traceback behind an error"""
 # Errors that are the user's to fix: their message is all there is to say. A module that was never imported has raised
 # nothing, so none is imported for this.
 USER_ERRORS = {
@@ -45,6 +49,10 @@ USER_ERRORS = {
     "dsv4.decoding.inputs": "InputError",
     "pallas_kernels.dispatch": "UnsupportedError",
 }
+
+
+class UsageError(Exception):
+    """Arguments that contradict each other, which the parser cannot see."""
 
 
 class Command(Protocol):
@@ -67,17 +75,19 @@ def run(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of stdout (`| head`) has gone: nothing more to say, nor at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        except UsageError as error:
+            return _fail(str(error), 2)
         except Exception as error:
             if os.environ.get("DSV4_DEBUG") == "1" or not isinstance(error, _user_errors()):
                 raise
-            return _fail(str(error))
+            return _fail(str(error) or type(error).__name__)
     return 0
 
 
 def _parse(argv: list[str]) -> Command:
     try:
         import tyro
-    except ModuleNotFoundError as error:  # images with jax and flax often lack it; the library does not need it
+    except ModuleNotFoundError as error:  # many images lack it, and the library does not need it
         print(f"dsv4: error: the command line needs {error.name}: pip install {error.name}", file=sys.stderr)
         raise SystemExit(1) from None
     if argv and argv[0] in COMMANDS:
@@ -88,16 +98,20 @@ def _parse(argv: list[str]) -> Command:
         print(__version__)
         raise SystemExit(0)
     choices = (
-        Annotated[_load(name), tyro.conf.subcommand(name, description=line)]
-        for name, (_, _, line) in COMMANDS.items()
+        Annotated[command := _load(name), tyro.conf.subcommand(name, description=_first_line(command))]
+        for name in COMMANDS
     )
     either: Any = functools.reduce(operator.or_, choices)
     return tyro.cli(either, prog="dsv4", description=DESCRIPTION, args=argv)
 
 
 def _load(name: str) -> type[Command]:
-    module, kind, _ = COMMANDS[name]
+    module, kind = COMMANDS[name]
     return getattr(importlib.import_module(module), kind)
+
+
+def _first_line(command: type[Command]) -> str:
+    return (command.__doc__ or "").partition("\n")[0]
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -41,8 +41,13 @@ Overrides = Annotated[
         "model.layers=window,csa:4,hca:128*3."
     ),
 ]
-JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also writes the results as JSON to this file.")]
+JsonFile = Annotated[
+    Path | None, tyro.conf.arg(metavar="FILE", help="Also writes the results as JSON to this file.")
+]
 Checkpoint = Annotated[
     str,
-    tyro.conf.arg(metavar="CHECKPOINT", help="A checkpoint directory (released or orbax), or the name of a shipped model."),
+    tyro.conf.arg(
+        metavar="CHECKPOINT",
+        help="A checkpoint directory, released or orbax, or the name of a shipped model.",
+    ),
 ]

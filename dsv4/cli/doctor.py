@@ -10,7 +10,7 @@ from typing import Any
 from dsv4 import __version__
 from dsv4.cli import output
 from dsv4.cli.arguments import Config, JsonFile, Overrides
-from dsv4.cli.compilation import cache_directory
+from dsv4.cli.compilation import keep_compiled_programs
 from dsv4.cli.source import named_config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-dtypes", "numpy", "tokenizers", "tyro")
@@ -18,10 +18,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-dtypes", "
 
 @dataclass(frozen=True)
 class Doctor:
-    """Versions, devices, and for every op the implementation that would run here and why the faster ones would not.
+    """Versions, devices, and for every op the implementation that would run here, and why the faster ones would not.
 
-    What runs depends on shapes and formats, so a prefill chunk and a decode step of CONFIG are traced, with one layer of
-    each kind. Nothing is computed and no weight is allocated.
+    What runs depends on shapes and formats, so a prefill chunk and a decode step of CONFIG are traced, with one layer
+    of each kind. Nothing is computed and no weight is allocated.
 
     examples:
       dsv4 doctor
@@ -40,7 +40,7 @@ class Doctor:
             facts = {
                 "versions": versions(),
                 "devices": devices(),
-                "compilation_cache": str(cache_directory() or "off"),
+                "compilation_cache": keep_compiled_programs() or "off",
                 "config": named.name,
                 "ops": chosen_implementations(named.model),
             }
@@ -65,7 +65,7 @@ def devices() -> list[dict[str, Any]]:
 
     found = []
     for device in jax.devices():
-        memory = (device.memory_stats() or {}).get("bytes_limit")
+        memory = (device.memory_stats() or {}).get("bytes_limit")  # None on a CPU
         found.append({"platform": device.platform, "kind": device.device_kind, "memory_bytes": memory})
     return found
 
@@ -74,14 +74,15 @@ def _print(facts: dict[str, Any]) -> None:
     output.table(list(facts["versions"].items()), ("", ""), title="versions")
     print()
     rows = [
-        (str(i), device["platform"], device["kind"], output.size(device["memory_bytes"]) if device["memory_bytes"] else "")
+        (str(i), device["platform"], device["kind"], _memory(device["memory_bytes"]))
         for i, device in enumerate(facts["devices"])
     ]
     output.table(rows, ("device", "platform", "kind", "memory"))
     print(f"\ncompiled programs: {facts['compilation_cache']}\n")
-    rows = [
-        (name, ", ".join(op["prefill"]) or "-", ", ".join(op["decode"]) or "-", "; ".join(op["refused"]) or "-")
-        for name, op in facts["ops"].items()
-    ]
-    headers = ("op", "prefill", "decode", "refused")
-    output.table(rows, headers, title=f"implementations for {facts['config']} (- : the op is not used)")
+    columns = ("prefill", "decode", "refused")
+    rows = [(name, *(", ".join(op[part]) or "-" for part in columns)) for name, op in facts["ops"].items()]
+    output.table(rows, ("op", *columns), title=f"implementations for {facts['config']} (-: none)")
+
+
+def _memory(amount: int | None) -> str:
+    return "-" if amount is None else output.size(amount)

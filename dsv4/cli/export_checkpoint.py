@@ -24,7 +24,7 @@ class Export:
       dsv4 export runs/tiny/model tiny-released
     """
 
-    source: Annotated[Directory, tyro.conf.arg(metavar="SRC", help="An orbax checkpoint (or a released one).")]
+    source: Annotated[Directory, tyro.conf.arg(metavar="SRC", help="An orbax checkpoint.")]
     destination: Annotated[Directory, tyro.conf.arg(metavar="DST", help="The released checkpoint to make.")]
     json: JsonFile = None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dsv4.cli import output
+from dsv4.cli.app import UsageError
 from dsv4.cli.arguments import Checkpoint, JsonFile
 from dsv4.cli.compilation import keep_compiled_programs
 from dsv4.cli.source import load_model
@@ -52,9 +53,9 @@ class Generate:
     json: JsonFile = None
 
     def run(self) -> None:
-        from dsv4.decoding.generate import prompt_ids, stream
+        from dsv4.decoding.generate import stream
         from dsv4.decoding.sample import Sampling
-        from dsv4.decoding.text import encode, load_tokenizer
+        from dsv4.decoding.text import encode, load_tokenizer, prompt_ids
 
         prompt = self._prompt()
         sampling = Sampling(self.temperature, self.top_k, self.top_p)
@@ -75,7 +76,7 @@ class Generate:
         from dsv4.decoding.inputs import InputError
 
         if (self.prompt is None) == (self.prompt_file is None):
-            raise InputError("give a prompt or --prompt-file FILE, one of them: dsv4 generate 'In the beginning'")
+            raise UsageError("give either a prompt, e.g. dsv4 generate 'In the beginning', or --prompt-file")
         if self.prompt is not None:
             prompt, origin = self.prompt, "the prompt"
         else:
@@ -124,29 +125,33 @@ def cache_bytes(tokens: Generation) -> tuple[float, int]:
 
 def _show(tokens: Generation, tokenizer: Any, prompt: str) -> str:
     """Prints the text as it comes and returns it; on a terminal the prompt stands before it, dimmed."""
-    from dsv4.decoding.generate import stream_text
-    from dsv4.decoding.text import TextDecoder
+    from dsv4.decoding.text import TextDecoder, stream_text
 
     terminal = sys.stdout.isatty()
     if terminal:
-        print(f"\033[2m{prompt}\033[0m", end="", flush=True)
+        print(f"\033[2m{_harmless(prompt)}\033[0m", end="", flush=True)
     pieces = []
     for piece in stream_text(TextDecoder(tokenizer), tokens):
         pieces.append(piece)
-        print(piece, end="", flush=True)
+        print(_harmless(piece) if terminal else piece, end="", flush=True)
     print()
     return "".join(pieces)
 
 
+def _harmless(text: str) -> str:
+    """`text` without control characters: a model that emits bytes could otherwise command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     parameters, growing = facts["parameters"], facts["cache_bytes_per_token"]
-    dense = facts["dense_multihead_bytes_per_token"]
+    dense, fixed = facts["dense_multihead_bytes_per_token"], output.size(facts["cache_bytes_fixed"])
+    total, active = (output.count(parameters[part]) for part in ("total", "active"))
     return [
         ("prefill", f"{facts['prefill_tokens_per_second']:,.0f} tokens/s ({facts['prompt_tokens']} tokens)"),
         ("decode", f"{facts['decode_tokens_per_second']:,.0f} tokens/s ({facts['new_tokens']} tokens)"),
         ("compilation", f"{facts['compile_seconds']:.1f} s, not part of the above"),
-        ("parameters", f"{output.count(parameters['total'])} total, {output.count(parameters['active'])} active per token"),
-        ("cache", f"{growing:,.0f} B per token of context ({facts['cache_dtype']}), and "
-                  f"{output.size(facts['cache_bytes_fixed'])} a sequence"),
+        ("parameters", f"{total} total, {active} active per token"),
+        ("cache", f"{growing:,.0f} B per token of context ({facts['cache_dtype']}), and {fixed} a sequence"),
         ("dense cache", f"{dense:,} B per token of context: every head and layer, bf16"),
-    ]  # fmt: skip
+    ]

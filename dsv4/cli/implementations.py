@@ -49,7 +49,7 @@ def chosen_implementations(config: ModelConfig) -> dict[str, dict[str, list[str]
             _trace(config, batch, tokens)
         for name, what in seen.items():
             found[name][phase] = what.ran
-            found[name]["refused"] += [reason for reason in what.refused if reason not in found[name]["refused"]]
+            found[name]["refused"] = list(dict.fromkeys([*found[name]["refused"], *what.refused]))
     return found
 
 

@@ -33,7 +33,7 @@ class Import:
         from dsv4 import checkpoint
 
         if checkpoint.is_orbax(self.source):
-            raise checkpoint.CheckpointError(f"{self.source} is an orbax checkpoint already: dsv4 export reads those")
+            raise checkpoint.CheckpointError(f"{self.source} is an orbax checkpoint: dsv4 export reads those")
         with output.json_file(self.json) as write:
             model = load_model(str(self.source))
             with output.progress(f"writing {self.destination}"):

@@ -81,7 +81,7 @@ def _repeats(words: list[str]) -> Iterator[str]:
     at = 0
     while at < len(words):
         periods = range(1, (len(words) - at) // 2 + 1)
-        period = max(periods, key=lambda p: (_covered(words, at, p), -p), default=1)  # noqa: B023
+        period = max(periods, key=lambda p: (_covered(words, at, p), -p), default=1)
         covered = _covered(words, at, period)
         if covered:
             block = ", ".join(words[at : at + period])
@@ -103,17 +103,16 @@ def _print(facts: dict[str, Any], config: ModelConfig) -> None:
     parameters, weights = facts["parameters"], facts["weights"]
     attention, moe = config.attention, config.moe
     total, active, mtp = (output.count(parameters[part]) for part in ("total", "active", "mtp"))
-    dense, experts = (_stored(config, weights[part]) for part in ("dense", "experts"))
     rows = [
         ("parameters", f"{total} total, {active} active per token"),
         ("MTP blocks", f"{config.mtp_blocks}, with {mtp} parameters more"),
         ("layers", f"{len(config.layers)}: {facts['schedule']}"),
         ("width, vocabulary", f"{config.width:,}, {config.vocab_size:,}"),
         ("attention", f"{attention.heads} heads of {attention.head_dim}, window {attention.window}"),
-        ("experts", f"{moe.experts} routed, {moe.per_token} per token; {moe.shared} shared; width {moe.expert_width:,}"),
+        ("experts", f"{moe.experts} routed, {moe.per_token} per token; {moe.shared} shared"),
         ("context", f"{config.max_context:,} tokens"),
-        ("weights", f"{output.size(weights['bytes'])}: dense {dense}, experts {experts}, rest {weights['dtype']}"),
-        ("open blocks", f"{output.size(facts['open_block_bytes'])} a sequence (float32 state of the compressors)"),
+        ("weights", f"{output.size(weights['bytes'])}: {_formats(weights)}"),
+        ("open blocks", f"{output.size(facts['open_block_bytes'])} a sequence, float32"),
     ]
     output.table(rows, ("", ""), title=facts["name"])
     print()
@@ -129,8 +128,10 @@ def _print_cache(facts: dict[str, Any], context: int) -> None:
         window = output.size(cache["window_bytes"])
         rows.append((name, f"{token:,.0f} B", smaller, output.size(token * context), window))
     rows.append(("dense multi-head, bf16", f"{dense:,} B", "", output.size(dense * context), "none"))
-    output.table(rows, ("cache", "per token", "against dense", f"at {context:,} tokens", "windows, a sequence"))
+    headers = ("cache", "per token", "against dense", f"at {context:,} tokens", "windows, a sequence")
+    output.table(rows, headers)
 
 
-def _stored(config: ModelConfig, form: str) -> str:
-    return config.storage.dtype if form == "plain" else form
+def _formats(weights: dict[str, Any]) -> str:
+    quantised = [f"{part} {weights[part]}" for part in ("dense", "experts") if weights[part] != "plain"]
+    return ", ".join([*quantised, f"rest {weights['dtype']}"]) if quantised else weights["dtype"]

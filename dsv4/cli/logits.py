@@ -49,7 +49,7 @@ class Logits:
         from dsv4.decoding.inputs import InputError, check_capacity, check_ids
 
         if self.recipe != "none":
-            raise InputError(f"--recipe {self.recipe!r} is not available: this version has no recipes, only 'none'")
+            raise InputError(f"--recipe is {self.recipe!r}: recipes are not available yet, only 'none'")
         if self.chunk < 1:
             raise InputError(f"--chunk is {self.chunk}: at least 1 token at a time")
         ids = read_ids(self.input_ids)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-def table(rows: Sequence[Sequence[str]], headers: Sequence[str], *, title: str = "", file: TextIO | None = None) -> None:
+def table(
+    rows: Sequence[Sequence[str]], headers: Sequence[str], *, title: str = "", file: TextIO | None = None
+) -> None:
     """A table on `file` (default: stdout): drawn for a terminal, plain aligned columns for anything else."""
-    file = file or sys.stdout
-    if file.isatty():
+    target = sys.stdout if file is None else file
+    if target.isatty():
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -25,25 +27,23 @@ def table(rows: Sequence[Sequence[str]], headers: Sequence[str], *, title: str =
             drawn.add_column(header, overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(cell) for cell in row))
-        Console(file=file).print(drawn)
+        Console(file=target).print(drawn)
         return
     if title:
-        print(title, file=file)
+        print(title, file=target)
     lines = [list(headers), *map(list, rows)] if any(headers) else list(map(list, rows))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=file)
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(padded).rstrip(), file=target)
 
 
 @contextlib.contextmanager
-def replacing(path: Path | None) -> Iterator[Path | None]:
+def replacing(path: Path) -> Iterator[Path]:
     """A new file beside `path` to write to, renamed to `path` when the block succeeds and removed when it does not.
 
-    It is created at once: a place that cannot be written is an OSError before anything is computed. None gives None.
+    It is created at once: a place that cannot be written is an OSError before anything is computed.
     """
-    if path is None:
-        yield None
-        return
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a directory, name a file in it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -61,11 +61,13 @@ def replacing(path: Path | None) -> Iterator[Path | None]:
 @contextlib.contextmanager
 def json_file(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that takes the results of a command and writes them to `path` (None: nowhere), as `replacing` does."""
+    if path is None:
+        yield lambda results: None
+        return
     with replacing(path) as temporary:
 
         def write(results: dict[str, Any]) -> None:
-            if temporary is not None:
-                temporary.write_text(json.dumps(results, indent=2) + "\n")
+            temporary.write_text(json.dumps(results, indent=2) + "\n")
 
         yield write
 

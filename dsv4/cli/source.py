@@ -21,7 +21,7 @@ def named_config(source: str, overrides: Sequence[str] = ()) -> NamedConfig:
     named = _load(source)
     for text in overrides:
         if text.partition("=")[0].partition(".")[0].strip() not in ("model", "train"):
-            raise ConfigError(f"--set {text}: the field starts with model. or train., e.g. --set model.{text.lstrip()}")
+            raise ConfigError(f"--set {text}: write model.{text}, or train. for how it is trained")
         named = apply_overrides(named, [text])
     return named
 

@@ -29,9 +29,9 @@ class Train:
     config: Config
     set: Overrides = ()
     out: Directory = None
-    """Where the run goes (default: runs/<name of the config>)."""
+    """Where the run goes; runs/<name of the config> unless given."""
     data: Directory = None
-    """Tokens made by an earlier run or by dsv4.training.prepare (default: made in --out)."""
+    """Tokens made by an earlier run or by dsv4.training.prepare; made in --out unless given."""
     resume: bool = False
     """Continue the run in --out from its last saved step."""
     json: JsonFile = None
@@ -49,7 +49,8 @@ class Train:
                 "seconds": result.seconds,
             }
             write(facts)
-        print(f"{result.directory}: {result.bits_per_byte:.4f} bits per byte held out, {result.seconds:.0f} s")
+        bits, seconds = result.bits_per_byte, result.seconds
+        print(f"{result.directory}: {bits:.4f} held-out bits per byte, {seconds:.0f} s")
 
 
 def _say(row: dict[str, Any]) -> None:

@@ -15,7 +15,14 @@ from dsv4.config import ModelConfig
 from dsv4.decoding.inputs import InputError, check_ids
 from dsv4.decoding.run import extend_body, last_logits
 from dsv4.decoding.sample import Sampling, sample
-from dsv4.decoding.text import TextDecoder, encode, load_tokenizer
+from dsv4.decoding.text import (
+    EMPTY_PROMPT,
+    TextDecoder,
+    encode,
+    load_tokenizer,
+    prompt_ids,
+    stream_text,
+)
 from dsv4.model.cache import Cache, init_cache
 from dsv4.model.handle import Model
 
@@ -24,7 +31,7 @@ from dsv4.model.handle import Model
 SMALLEST_CAPACITY = 256
 SMALLEST_CHUNK = 16
 GREEDY = Sampling()
-EMPTY_PROMPT = "the prompt is empty: give at least one token to continue"
+Chunk = tuple[np.ndarray, np.ndarray]  # ids [1, T] of which the first count [1] are real
 
 
 @dataclass
@@ -53,11 +60,15 @@ class GenerationStats:
 class Generation(Iterator[int]):
     """New token ids as they come. `stats` covers those given so far; `cache` may be one step ahead of them."""
 
-    def __init__(self, model: Model, ids: np.ndarray, max_new: int, sampling: Sampling, seed: int, eos: int | None):
+    def __init__(
+        self, model: Model, ids: np.ndarray, max_new: int, sampling: Sampling, seed: int, eos: int | None
+    ) -> None:
         self.stats = GenerationStats(prompt_tokens=ids.shape[1])
         capacity = _power_of_two(ids.shape[1] + max_new, SMALLEST_CAPACITY, model.config.max_context)
         self.cache = init_cache(model.config, model.execution, 1, capacity)
-        self._model, self._sampling, self._key = model, sampling, jax.random.key(seed)
+        # A program belongs to a model wherever its tokenizer lies.
+        self._model = model.replace(tokenizer_path=None)
+        self._sampling, self._key = sampling, jax.random.key(seed)
         self._chunks = list(_chunks(ids, model.execution.prefill_chunk))
         self._compile()
         self._tokens = self._run(max_new, eos)
@@ -68,8 +79,8 @@ class Generation(Iterator[int]):
     def _compile(self) -> None:
         """Compiles every program of this run; jit finds them again when it is called with the same shapes."""
         begin = time.perf_counter()
-        for chunk, count in self._distinct_chunks():
-            last_logits.lower(self._model, chunk, count, self.cache).compile()
+        for ids, count in self._distinct_chunks():
+            last_logits.lower(self._model, ids, count, self.cache).compile()
         token = self._first(jnp.zeros((1, self._model.config.vocab_size), jnp.float32))
         _step.lower(self._model, token, self._key, self.cache, self._sampling).compile()
         self.stats.compile_seconds = time.perf_counter() - begin
@@ -77,15 +88,13 @@ class Generation(Iterator[int]):
     def warm_up(self) -> None:
         """Runs every program once: a device loads code at its first run, which no steady rate should contain."""
         begin = time.perf_counter()
-        for chunk, count in self._distinct_chunks():
-            logits, spare = last_logits(self._model, chunk, count, self.cache)
+        logits, spare = self._prefill(self._distinct_chunks())
         _step(self._model, self._first(logits), self._key, spare, self._sampling)[0].block_until_ready()
         self.stats.compile_seconds += time.perf_counter() - begin
 
     def _run(self, max_new: int, eos: int | None) -> Iterator[int]:
         begin = time.perf_counter()
-        for chunk, count in self._chunks:
-            logits, self.cache = last_logits(self._model, chunk, count, self.cache)
+        logits, self.cache = self._prefill(self._chunks)
         token = self._first(logits).block_until_ready()
         self.stats.prefill_seconds = time.perf_counter() - begin
         begin = time.perf_counter()
@@ -101,11 +110,19 @@ class Generation(Iterator[int]):
                 return
             token = following
 
+    def _prefill(self, chunks: Iterable[Chunk]) -> tuple[jax.Array, Cache]:
+        """Logits [1, V] after the last chunk, and the cache."""
+        (ids, count), *rest = chunks
+        logits, cache = last_logits(self._model, ids, count, self.cache)
+        for ids, count in rest:
+            logits, cache = last_logits(self._model, ids, count, cache)
+        return logits, cache
+
     def _first(self, logits: jax.Array) -> jax.Array:
         return _choose(logits, self._key, self.cache.length, self._sampling)
 
-    def _distinct_chunks(self) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        return {chunk.shape: (chunk, count) for chunk, count in self._chunks}.values()
+    def _distinct_chunks(self) -> Iterable[Chunk]:
+        return {ids.shape: (ids, count) for ids, count in self._chunks}.values()
 
 
 def stream(
@@ -152,22 +169,6 @@ def generate(
     return "".join(stream_text(TextDecoder(tokenizer), tokens))
 
 
-def stream_text(decoder: TextDecoder, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of `tokens` piece by piece, characters whole."""
-    for token in tokens:
-        if piece := decoder.feed(token):
-            yield piece
-    if piece := decoder.finish():
-        yield piece
-
-
-def prompt_ids(config: ModelConfig, ids: Sequence[int]) -> list[int]:
-    """`ids` with the begin id before them, once. Raises InputError for an empty prompt."""
-    if len(ids) == 0:
-        raise InputError(EMPTY_PROMPT)
-    return [*([] if ids[0] == config.bos_id else [config.bos_id]), *ids]
-
-
 def check_room(prompt: int, max_new: int, config: ModelConfig) -> None:
     """Raises InputError, saying what is left, where prompt and new tokens do not fit the model's context."""
     if max_new < 1:
@@ -201,8 +202,8 @@ def _choose(logits: jax.Array, key: jax.Array, length: jax.Array, sampling: Samp
 _step = jax.jit(_step_body, donate_argnames="cache")  # the cache is updated in place
 
 
-def _chunks(ids: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids [1, T], real tokens [1]) of each part of the prompt; the last is padded to a power of two."""
+def _chunks(ids: np.ndarray, size: int) -> Iterator[Chunk]:
+    """The prompt in parts of `size` tokens; the last is padded to a power of two."""
     for begin in range(0, ids.shape[1], size):
         chunk = ids[:, begin : begin + size]
         count = chunk.shape[1]
@@ -217,4 +218,3 @@ def _power_of_two(value: int, smallest: int, largest: int) -> int:
 def _canonical(sampling: Sampling) -> Sampling:
     """Python scalars, so that numpy ones do not compile a second program."""
     return Sampling(float(sampling.temperature), int(sampling.top_k), float(sampling.top_p))
-

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import codecs
 import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
+from dsv4.config import ModelConfig
 from dsv4.decoding.inputs import InputError
 from dsv4.model.handle import Model
+
+EMPTY_PROMPT = "the prompt is empty: give at least one token to continue"
 
 
 def load_tokenizer(model: Model) -> tokenizers.Tokenizer:
@@ -40,6 +44,13 @@ def load_tokenizer(model: Model) -> tokenizers.Tokenizer:
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     """The ids of `text`, no special ones added."""
     return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def prompt_ids(config: ModelConfig, ids: Sequence[int]) -> list[int]:
+    """`ids` with the begin id before them, once. Raises InputError for an empty prompt."""
+    if len(ids) == 0:
+        raise InputError(EMPTY_PROMPT)
+    return [*([] if ids[0] == config.bos_id else [config.bos_id]), *ids]
 
 
 class TextDecoder:
@@ -73,6 +84,15 @@ class TextDecoder:
             raise InputError(
                 f"token {token} is {piece!r}: {error} is no byte of a byte-level BPE tokenizer, the only kind read here"
             ) from None
+
+
+def stream_text(decoder: TextDecoder, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of `tokens` piece by piece, characters whole."""
+    for token in tokens:
+        if piece := decoder.feed(token):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
 
 
 @functools.cache

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import safetensors
 
+from dsv4.checkpoint import CheckpointError, read
+
 ORACLE = Path(__file__).parents[1] / "oracle" / "ckpt"
+BITS = {"F32": np.uint32, "BF16": np.uint16, "I64": np.int64, "I8": np.uint8, "F8_E4M3": np.uint8, "F8_E8M0": np.uint8}
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +89,36 @@ def assert_same_bits(actual, expected):
         where = jax.tree_util.keystr(path)
         assert a.dtype == b.dtype and a.shape == b.shape, where
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), where
+
+
+def expected_bits(stored, name):
+    """One of the `stored` tensors as unsigned integers (hash tables: int64)."""
+    dtype, shape, content = stored[name]
+    return np.frombuffer(content, BITS[dtype]).reshape(shape)
+
+
+def problems_of(directory, **options):
+    """The error that reading `directory` raises."""
+    with pytest.raises(CheckpointError) as caught:
+        read(directory, **options)
+    return caught.value
+
+
+def retyped(name, dtype, numpy_dtype):
+    """A change for `rewrite`: the tensor claims `dtype`, its size on disk fitting."""
+
+    def change(tensors):
+        old, shape, content = tensors[name]
+        value = np.frombuffer(content, BITS[old]).astype(numpy_dtype)
+        tensors[name] = (dtype, shape, value.tobytes())
+
+    return change
+
+
+def reshaped(name, shape):
+    """A change for `rewrite`: the tensor claims `shape`."""
+
+    def change(tensors):
+        tensors[name] = (tensors[name][0], shape, tensors[name][2])
+
+    return change

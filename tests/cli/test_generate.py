@@ -1,0 +1,105 @@
+"""`dsv4 generate` and `dsv4.generate`: text out, facts beside it."""
+
+import json
+import shutil
+
+import pytest
+
+import dsv4 as library
+from dsv4.config import load_config
+from dsv4.cost import CacheFormat, bytes_per_token, compressor_state_bytes, count_parameters, window_bytes
+from dsv4.model.cache import MAX_STEP
+
+PROMPT = "In the beginning"
+NEW = 9
+
+
+@pytest.fixture(scope="module")
+def model(released):
+    return library.load(released)
+
+
+def test_text_goes_to_stdout_and_facts_beside_it(dsv4, released, model, tmp_path):
+    path = tmp_path / "facts.json"
+    result = dsv4(
+        "generate", PROMPT, "--checkpoint", released, "--max-new", NEW, "--temperature", "0", "--json", path
+    )
+    assert result.code == 0
+    expected = library.generate(model, PROMPT, max_new=NEW)
+    assert expected and result.out == expected + "\n"
+    facts = json.loads(path.read_text())
+    assert facts["text"] == expected and facts["prompt"] == PROMPT
+    assert facts["prompt_tokens"] == len(PROMPT) + 1  # a token a letter, and the begin id
+    assert facts["new_tokens"] == NEW and facts["decode_tokens_per_second"] > 0
+    for words in ("prefill", "decode", "active per token", "B per token of context", "every head and layer"):
+        assert words in result.err
+
+
+def test_measured_cache_bytes_are_those_of_the_formula(dsv4, released, tmp_path):
+    path = tmp_path / "facts.json"
+    assert dsv4("generate", PROMPT, "--checkpoint", released, "--max-new", NEW, "--json", path).code == 0
+    facts, config = json.loads(path.read_text()), load_config(released).model
+    form = CacheFormat("float32", "float32", "float32")
+    drafts = len(config.layers) * (MAX_STEP - 1) * config.attention.head_dim * 4
+    assert facts["cache_dtype"] == "float32"
+    assert facts["cache_bytes_per_token"] == bytes_per_token(config, form)
+    assert facts["cache_bytes_fixed"] == window_bytes(config, form) + drafts + compressor_state_bytes(config)
+    assert facts["parameters"]["active"] == count_parameters(config).active
+
+
+def test_a_prompt_may_come_from_a_file(dsv4, released, tmp_path):
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    options = ("--checkpoint", released, "--max-new", NEW, "--seed", "3")
+    from_file = dsv4("generate", "--prompt-file", tmp_path / "prompt.txt", *options).out
+    assert from_file == dsv4("generate", PROMPT, *options).out
+    assert from_file != dsv4("generate", PROMPT, *options[:-1], "4").out
+
+
+def test_control_characters_do_not_reach_a_terminal(dsv4, released, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("dsv4.decoding.text.TextDecoder.feed", lambda self, token: "\x1b]0;x\x07\n")
+    result = dsv4("generate", PROMPT, "--checkpoint", released, "--max-new", "1")
+    assert result.out.endswith("\ufffd]0;x\ufffd\n\n") and PROMPT in result.out
+
+
+def test_ids_are_a_prompt_too_and_begin_is_put_once(model):
+    ids = list(range(7, 27))
+    assert library.generate(model, ids, max_new=3) == library.generate(model, [0, *ids], max_new=3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([""], "the prompt is empty"),
+        (["x", "--max-new", "0"], "max_new is 0"),
+        (["x", "--temperature", "-1"], "temperature is -1.0"),
+        (["x", "--top-p", "2"], "top_p is 2.0"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_bad_requests_are_1(dsv4, released, argv, message):
+    result = dsv4("generate", *argv, "--checkpoint", released)
+    assert result.code == 1 and result.out == "" and message in result.err.splitlines()[-1]
+
+
+def test_a_prompt_is_given_once(fails, tmp_path):
+    fails("generate", code=2)
+    fails("generate", "x", "--prompt-file", tmp_path / "x", code=2)
+
+
+def test_a_prompt_longer_than_the_context(dsv4, released, edited):
+    directory = edited(max_position_embeddings=12)
+    for name in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(released / name, directory)
+    result = dsv4("generate", PROMPT, "--checkpoint", directory)
+    assert result.code == 1
+    assert "the prompt has 17 tokens but the model's context is 12" in result.err.splitlines()[-1]
+
+
+def test_a_file_that_is_no_text(fails, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"\xff\xfe")
+    assert "is not UTF-8 text" in fails("generate", "--prompt-file", tmp_path / "prompt.txt")
+
+
+def test_an_unknown_checkpoint(fails):
+    assert "no checkpoint 'nope'" in fails("generate", "x", "--checkpoint", "nope")

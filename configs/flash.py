@@ -1,6 +1,6 @@
 """DeepSeek-V4-Flash as released: 284 B parameters, 13 B active.
 
-    dsv4 info flash
+dsv4 info flash
 """
 
 from dsv4.config import (

@@ -1,6 +1,6 @@
 """DeepSeek-V4-Pro as released: 1.6 T parameters, 49 B active.
 
-    dsv4 info pro
+dsv4 info pro
 """
 
 from dsv4.config import (

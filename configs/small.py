@@ -1,6 +1,6 @@
 """The shipped model: every feature of the architecture in at most 12 MB.
 
-    dsv4 train small --out runs/small
+dsv4 train small --out runs/small
 """
 
 from dsv4.config import (

@@ -1,6 +1,6 @@
 """The dense control of `small`: full causal attention, dense SwiGLU, a plain residual stream, as many ACTIVE parameters.
 
-    dsv4 train small_dense --out runs/small_dense
+dsv4 train small_dense --out runs/small_dense
 """
 
 from dsv4.config import AttentionConfig, HyperConnectionConfig, ModelConfig, MoEConfig, TrainConfig

@@ -1,6 +1,6 @@
 """Every feature at the smallest size: what the tests run.
 
-    dsv4 info tiny
+dsv4 info tiny
 """
 
 from dsv4.config import (

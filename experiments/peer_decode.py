@@ -155,23 +155,15 @@ def positive(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     """The command line: `logits` or `decode`, see the docstring of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     logits = commands.add_parser("logits", help="write the logits of given token ids")
     logits.add_argument("--input-ids", type=Path, required=True, help=".npy, integers [batch, sequence]")
-    logits.add_argument(
-        "--output", type=Path, required=True, help=".npy, float32 [batch, sequence, vocabulary]"
-    )
+    logits.add_argument("--output", type=Path, required=True, help=".npy, float32 [batch, sequence, vocabulary]")
     decode = commands.add_parser("decode", help="time greedy decoding through the cache")
-    decode.add_argument(
-        "--prompt", type=positive, default=128, help="length of the random prompt (%(default)s)"
-    )
+    decode.add_argument("--prompt", type=positive, default=128, help="length of the random prompt (%(default)s)")
     decode.add_argument("--tokens", type=positive, default=64, help="greedy steps timed (%(default)s)")
-    decode.add_argument(
-        "--repeats", type=positive, default=5, help="timed runs, the median counts (%(default)s)"
-    )
+    decode.add_argument("--repeats", type=positive, default=5, help="timed runs, the median counts (%(default)s)")
     decode.add_argument("--seed", type=int, default=0, help="of the prompt (%(default)s)")
     decode.add_argument("--json", type=Path, help="also write the result here")
     for command in (logits, decode):
@@ -189,9 +181,7 @@ def main() -> None:
     model = load_model(args.checkpoint, args.experts)
     if args.command == "logits":
         if not args.input_ids.is_file():
-            sys.exit(
-                f"peer_decode.py: {args.input_ids} is not a file: save the token ids with numpy.save first"
-            )
+            sys.exit(f"peer_decode.py: {args.input_ids} is not a file: save the token ids with numpy.save first")
         logits = run_logits(model, np.load(args.input_ids, allow_pickle=False))
         with args.output.open("wb") as file:
             np.save(file, logits)

@@ -32,9 +32,7 @@ TESTS = Path(__file__).resolve().parent
 ORACLE = TESTS / "oracle"
 SCRIPT = TESTS.parent / "experiments" / "peer_decode.py"
 VARIABLE = "DSV4_PEER_PYTHON"
-TOLERANCE = (
-    2e-4  # max abs error for logits of standard deviation about 1.5; float32 rounding makes at most 2e-5
-)
+TOLERANCE = 2e-4  # max abs error for logits of standard deviation about 1.5; float32 rounding makes at most 2e-5
 FLOAT32_CASES = ("mixed", "swa", "csa", "hca16", "hca128")
 
 pytestmark = [
@@ -52,9 +50,7 @@ def peer_python() -> str:
     name = os.environ[VARIABLE]
     found = shutil.which(name)
     if found is None:
-        pytest.fail(
-            f"{VARIABLE}={name} is no executable: give the path of a python with torch and transformers"
-        )
+        pytest.fail(f"{VARIABLE}={name} is no executable: give the path of a python with torch and transformers")
     return os.path.abspath(found)  # not resolved: following the link would leave the virtual environment
 
 
@@ -114,9 +110,7 @@ def test_peer_agrees_with_the_recorded_numbers(case: str, peer_python: str, tmp_
 
 
 @pytest.mark.parametrize("case", FLOAT32_CASES)
-def test_exported_checkpoint_gives_our_logits_in_the_peer(
-    case: str, peer_python: str, tmp_path: Path
-) -> None:
+def test_exported_checkpoint_gives_our_logits_in_the_peer(case: str, peer_python: str, tmp_path: Path) -> None:
     """Load, export, load the export in transformers: the same logits."""
     import dsv4
     from dsv4.checkpoint import export
@@ -125,9 +119,7 @@ def test_exported_checkpoint_gives_our_logits_in_the_peer(
     model = dsv4.load(checkpoint)
     exported = tmp_path / "exported"
     export(model, exported)
-    check_same(
-        our_logits(model, data["input_ids"]), peer_logits(peer_python, exported, data["input_ids"], tmp_path)
-    )
+    check_same(our_logits(model, data["input_ids"]), peer_logits(peer_python, exported, data["input_ids"], tmp_path))
 
 
 def test_exported_fresh_model_gives_our_logits_in_the_peer(peer_python: str, tmp_path: Path) -> None:

@@ -41,9 +41,7 @@ Overrides = Annotated[
         "model.layers=window,csa:4,hca:128*3."
     ),
 ]
-JsonFile = Annotated[
-    Path | None, tyro.conf.arg(metavar="FILE", help="Also writes the results as JSON to this file.")
-]
+JsonFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Also writes the results as JSON to this file.")]
 Checkpoint = Annotated[
     str,
     tyro.conf.arg(

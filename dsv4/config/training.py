@@ -41,6 +41,13 @@ class TrainConfig:
         require(self.optimizer in ("adamw", "muon"), f"train.optimizer is {self.optimizer!r}: adamw or muon")
         for name in ("learning_rate", "matrix_learning_rate", "clip_norm"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it must be positive")
-        for name in ("dense_steps", "warmup_steps", "weight_decay", "mtp_weight", "balance_weight", "bias_rate",
-                     "indexer_weight"):
+        for name in (
+            "dense_steps",
+            "warmup_steps",
+            "weight_decay",
+            "mtp_weight",
+            "balance_weight",
+            "bias_rate",
+            "indexer_weight",
+        ):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: it cannot be negative")

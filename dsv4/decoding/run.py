@@ -55,7 +55,7 @@ def prefill(
         chunk = ids[:, begin : begin + model.execution.prefill_chunk]
         count = np.clip(lengths - begin, 0, chunk.shape[1]).astype(np.int32)
         logits, cache = last_logits(model, chunk, jnp.asarray(count), cache)
-        ended = jnp.asarray((count > 0))[:, None]
+        ended = jnp.asarray(count > 0)[:, None]
         last = logits if last is None else jnp.where(ended, logits, last)
     assert last is not None
     return last, cache

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from dsv4.decoding.inputs import InputError
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("temperature", "top_k", "top_p"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("temperature", "top_k", "top_p"), meta_fields=())
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen. A pytree of three scalars, so that changing one compiles nothing again.

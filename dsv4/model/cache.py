@@ -36,9 +36,7 @@ class LayerCache(NamedTuple):
     index: CompressedCache | None
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("length", "layers"), meta_fields=("capacity",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("length", "layers"), meta_fields=("capacity",))
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """The state of B sequences: `length` int32 [B] tokens seen so far, at most `capacity` each."""

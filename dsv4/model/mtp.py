@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-from flax import nnx
 
 from dsv4.config import Execution, LayerConfig, ModelConfig
 from dsv4.model.block import Block, LayerTrace

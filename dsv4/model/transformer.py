@@ -67,7 +67,9 @@ class Transformer(nnx.Module):
             if self.execution.remat:
                 run = jax.checkpoint(run)
             with jax.named_scope(f"layer_{i}"):
-                streams, layer_cache, trace = run(streams, ids, start, count, None if cache is None else cache.layers[i])
+                streams, layer_cache, trace = run(
+                    streams, ids, start, count, None if cache is None else cache.layers[i]
+                )
             caches.append(layer_cache)
             traces.append(trace)
         hidden = self.norm(collapse(self, streams, self.config, self.execution))
@@ -78,9 +80,7 @@ class Transformer(nnx.Module):
         """float32 logits [..., V] of normed hidden states [..., D]."""
         return self.head(hidden.astype(jnp.float32), out_dtype=jnp.float32)
 
-    def predict_next(
-        self, streams: jax.Array, next_ids: jax.Array, block: int = 0
-    ) -> tuple[jax.Array, LayerTrace]:
+    def predict_next(self, streams: jax.Array, next_ids: jax.Array, block: int = 0) -> tuple[jax.Array, LayerTrace]:
         """MTP logits float32 [B, T, V] of whole sequences, and the block's trace.
 
         streams [B, T, n, D] after the last layer; next_ids [B, T] the tokens one position on.

@@ -55,9 +55,7 @@ class Work:
 
     def __post_init__(self) -> None:
         if not self.name or not self.text:
-            raise ValueError(
-                f"a work needs a name and a text, got {self.name!r} with {len(self.text)} characters"
-            )
+            raise ValueError(f"a work needs a name and a text, got {self.name!r} with {len(self.text)} characters")
 
 
 def load_corpus() -> list[Work]:

@@ -33,9 +33,7 @@ def text_files(paths: Sequence[str | Path]) -> list[str]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv"
-            ) from None
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
         if not text:
             raise ValueError(f"{path} is empty; leave it out")
         documents.append(text)

@@ -33,9 +33,7 @@ def loss(
             logits, block = module.predict_next(trace.layers[-1].streams[:, :-1], ids[:, 1:])
             parts["mtp"] = cross_entropy(logits, targets[:, 1:])
             routed["mtp.0"] = block.moe
-    scored = {
-        name: moe for name, moe in routed.items() if moe is not None and not _hashed(model.config, name)
-    }
+    scored = {name: moe for name, moe in routed.items() if moe is not None and not _hashed(model.config, name)}
     parts["load"] = {name: expert_load(moe) for name, moe in scored.items()}
     zero = jnp.zeros((), jnp.float32)
     parts["balance"] = sum((balance(moe) for moe in scored.values()), zero)

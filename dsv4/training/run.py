@@ -136,8 +136,8 @@ def _finish(
 
 def _stored(model: Model) -> Model:
     """Parameters cast from the float32 masters to what the config's release stores."""
-    from dsv4.training.tree import flatten, named_specs, unflatten
     from dsv4.parameters import FLOAT32_CLASSES
+    from dsv4.training.tree import flatten, named_specs, unflatten
 
     specs, dtype = named_specs(model.config), model.config.storage.dtype
     keep = FLOAT32_CLASSES | {"hash"}

@@ -43,9 +43,7 @@ def train_tokenizer(documents: Iterable[str], size: int) -> Tokenizer:
     Raises ValueError when `size` is not in 258..65536, or larger than what the text has merges for.
     """
     if not SMALLEST <= size <= LARGEST:
-        raise ValueError(
-            f"cannot make {size} ids; choose from {SMALLEST} (2 special, 256 bytes) to {LARGEST} (uint16)"
-        )
+        raise ValueError(f"cannot make {size} ids; choose from {SMALLEST} (2 special, 256 bytes) to {LARGEST} (uint16)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -63,9 +61,7 @@ def train_tokenizer(documents: Iterable[str], size: int) -> Tokenizer:
     tokenizer.train_from_iterator(documents, trainer)
     found = tokenizer.get_vocab_size()
     if found != size:
-        raise ValueError(
-            f"the text has merges for {found} ids, not {size}; ask for at most {found} or add text"
-        )
+        raise ValueError(f"the text has merges for {found} ids, not {size}; ask for at most {found} or add text")
     return _checked(tokenizer, "the trained tokenizer")
 
 
@@ -79,9 +75,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer saved at `path`; FileNotFoundError or ValueError say what is wrong with the file."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no tokenizer at {path}; make one: python -m dsv4.training.tokenizer --out {path}"
-        )
+        raise FileNotFoundError(f"no tokenizer at {path}; make one: python -m dsv4.training.tokenizer --out {path}")
     return _checked(Tokenizer.from_file(str(path)), str(path))
 
 
@@ -157,9 +151,7 @@ def main() -> None:
     print(f"training {arguments.size} ids on {sum(map(len, train)):,} characters", file=sys.stderr)
     tokenizer = train_tokenizer(train, arguments.size)
     save_tokenizer(tokenizer, arguments.out)
-    print(
-        f"{arguments.size} ids: {bytes_per_token(tokenizer, held_out):.4f} bytes per token of held-out text"
-    )
+    print(f"{arguments.size} ids: {bytes_per_token(tokenizer, held_out):.4f} bytes per token of held-out text")
 
 
 if __name__ == "__main__":

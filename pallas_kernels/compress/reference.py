@@ -62,9 +62,7 @@ def compress(
         gate_rows = _append(state.gate, gate, fill, (history + blocks + 1) * m)
     closed = (start + count) // m - first
     if state is not None:
-        carried = CompressorState(
-            *(_window(rows, closed * m, (history + 1) * m) for rows in (kv_rows, gate_rows))
-        )
+        carried = CompressorState(*(_window(rows, closed * m, (history + 1) * m) for rows in (kv_rows, gate_rows)))
     pooled = _pool(kv_rows, gate_rows, ape.astype(jnp.float32), blocks, width, first)
     entry = first[:, None] + jnp.arange(blocks)[None]
     values = rotate(rms_norm(pooled, norm_weight, norm_eps), entry * m, frequencies)

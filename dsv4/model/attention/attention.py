@@ -10,8 +10,8 @@ from flax import nnx
 
 from dsv4.config import Execution, LayerConfig, ModelConfig
 from dsv4.model.attention.compressor import Compressor
-from dsv4.model.attention.indexer import Indexer
 from dsv4.model.attention.index_loss import index_divergence
+from dsv4.model.attention.indexer import Indexer
 from dsv4.model.attention.select import Selection, select_all, select_best, visible
 from dsv4.model.cache import MAX_STEP, LayerCache, read_band, window_index, write_window
 from dsv4.model.layers import Linear, RMSNorm, declare, read

@@ -1,4 +1,4 @@
-"""The dense control of `small`: full causal attention, dense SwiGLU, a plain residual stream, as many ACTIVE parameters.
+"""The dense control of `small`: full attention, dense SwiGLU, plain residuals, as many ACTIVE parameters.
 
 dsv4 train small_dense --out runs/small_dense
 """

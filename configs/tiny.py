@@ -28,7 +28,7 @@ MODEL = ModelConfig(
         window=8,
         yarn=YarnConfig(factor=4.0, original_context=64),
     ),
-    indexer=IndexerConfig(heads=2, head_dim=16, top_k=4),
+    indexer=IndexerConfig(heads=8, head_dim=16, top_k=4),
     moe=MoEConfig(experts=4, per_token=2, expert_width=16, hash_layers=1),
     mtp_blocks=1,
 )

@@ -31,13 +31,13 @@ def load(
     """A model from a shipped name, a released checkpoint directory, or an orbax one.
 
     layers: only these (released checkpoints), renumbered from 0, to study a piece of a model too large to hold.
-    progress: called with (tensors read, tensors in all). Raises ConfigError or CheckpointError listing what is wrong.
+    progress: called with (bytes read, bytes in all). Raises ConfigError or CheckpointError listing what is wrong.
     """
     path = Path(source)
     if not path.exists():
         if str(source) not in shipped():
             raise ConfigError(
-                f"no checkpoint {str(source)!r}: give a directory, or a shipped model ({', '.join(shipped()) or 'none'})"
+                f"no checkpoint {str(source)!r}: give a directory, or a shipped model ({', '.join(shipped())})"
             )
         path = SHIPPED / str(source)
     if checkpoint.is_orbax(path):
@@ -51,7 +51,7 @@ def load(
 
 
 def init(config: str | ModelConfig, *, seed: int = 0, execution: Execution | None = None) -> Model:
-    """A model with fresh parameters, from a named config or a ModelConfig; the storage dtype of the config's release."""
+    """A model with fresh parameters, from a named config or a ModelConfig, in the dtype its release stores."""
     model_config = load_config(config).model if isinstance(config, str) else config
     params = init_params(model_config, jax.random.key(seed), jnp.dtype(model_config.storage.dtype))
     return Model(model_config, params, execution or Execution())

@@ -116,7 +116,7 @@ def cache_bytes(tokens: Generation) -> tuple[float, int]:
             growing += layer.window.nbytes
         else:
             fixed += layer.window.nbytes
-        for part in (layer.compressed, layer.index):
+        for part in (layer.compressed, layer.index_keys):
             if part is not None:
                 growing += part.entries.nbytes
                 fixed += part.state.kv.nbytes + part.state.gate.nbytes

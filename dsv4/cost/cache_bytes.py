@@ -28,6 +28,8 @@ class CacheFormat:
     index: IndexFormat
 
 
+DRAFT_ROWS = 3  # pallas_kernels.ring.MAX_STEP - 1, which this module cannot import: it would load jax
+
 CACHE_FORMATS = (
     CacheFormat("bf16", "bfloat16", "bfloat16"),
     CacheFormat("fp8", "fp8", "fp8"),
@@ -78,11 +80,14 @@ def window_bytes(config: ModelConfig, cache: CacheFormat) -> int:
 
 
 def compressor_state_bytes(config: ModelConfig) -> int:
-    """The open blocks of one sequence, float32 keys and gates: `ratio` rows of K; CSA overlaps, two blocks of 2K."""
+    """The open blocks of one sequence, float32 keys and gates: `ratio` rows of K; CSA overlaps, two blocks of 2K.
+
+    Each has DRAFT_ROWS rows more, so that rejected drafts can be taken back.
+    """
 
     def open_block(ratio: int, width: int, overlap: bool) -> int:
         blocks = 2 if overlap else 1
-        return 2 * 4 * (blocks * ratio) * (blocks * width)
+        return 2 * 4 * (blocks * ratio + DRAFT_ROWS) * (blocks * width)
 
     total = 0
     for layer in config.layers:

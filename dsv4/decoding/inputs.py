@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dsv4.config import ModelConfig
 
@@ -25,7 +26,7 @@ def check_ids(ids: Any, config: ModelConfig) -> jax.Array:
         raise InputError(f"token ids have shape {ids.shape}: [batch, tokens] is needed; write ids[None] for one row")
     if 0 in ids.shape:
         raise InputError(f"token ids have shape {ids.shape}: an empty prompt; give at least one token a row")
-    if not isinstance(ids, jax.core.Tracer):
+    if not isinstance(ids, Tracer):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             wrong = low if low < 0 else high

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv4.decoding.inputs import check_capacity, check_ids, check_lengths
-from dsv4.model.cache import MAX_STEP, Cache, init_cache
+from dsv4.model.cache import Cache, init_cache
 from dsv4.model.handle import Model
 from dsv4.model.transformer import Trace
+from pallas_kernels.ring import MAX_STEP
 
 
 def forward(model: Model, ids: Any, *, trace: bool = False) -> jax.Array | tuple[jax.Array, Trace]:
@@ -47,18 +47,17 @@ def prefill(
         longest = int(lengths.max())
         capacity = capacity or max(longest, min(tokens + 1024, model.config.max_context))
         check_capacity(longest, capacity, model.config)
-        cache = init_cache(model.config, model.execution, batch, capacity)
+        state = init_cache(model.config, model.execution, batch, capacity)
     else:
         check_capacity(int((np.asarray(cache.length) + lengths).max()), cache.capacity, model.config)
-    last = None
+        state = cache
+    last = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
     for begin in range(0, int(lengths.max()), model.execution.prefill_chunk):
         chunk = ids[:, begin : begin + model.execution.prefill_chunk]
         count = np.clip(lengths - begin, 0, chunk.shape[1]).astype(np.int32)
-        logits, cache = last_logits(model, chunk, jnp.asarray(count), cache)
-        ended = jnp.asarray(count > 0)[:, None]
-        last = logits if last is None else jnp.where(ended, logits, last)
-    assert last is not None
-    return last, cache
+        logits, state = last_logits(model, chunk, jnp.asarray(count), state)
+        last = jnp.where(jnp.asarray(count > 0)[:, None], logits, last)  # rows that ended keep their own
+    return last, state
 
 
 def decode_step(model: Model, tokens: Any, cache: Cache, *, count: Any = None) -> tuple[jax.Array, Cache]:
@@ -109,6 +108,6 @@ def _poison(logits: jax.Array, position: jax.Array, cache: Cache) -> jax.Array:
     return jnp.where((position < cache.capacity)[..., None], logits, jnp.nan)
 
 
-_forward = functools.partial(jax.jit, static_argnums=2)(forward_body)
+_forward = jax.jit(forward_body, static_argnums=2)
 extend = jax.jit(extend_body)
 last_logits = jax.jit(_last_body)

@@ -43,7 +43,8 @@ def _draw(spec: Spec, key: jax.Array, config: ModelConfig) -> jax.Array:
         case "hyper_base":
             return _hyper_base(config.residual.streams)
         case "hash":
-            return balanced_table(key, *spec.shape, config.moe.experts)
+            vocab, k = spec.shape
+            return balanced_table(key, vocab, k, config.moe.experts)
 
 
 def _hyper_base(n: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,13 +65,13 @@ def stacked(inner: optax.GradientTransformation) -> optax.GradientTransformation
     Newton-Schulz on hundreds of small matrices is bound by kernel launches; batched, it is a few large products.
     """
 
-    def init(params: Flat) -> optax.OptState:
+    def init(params: Any) -> optax.OptState:
         return inner.init(_group(params))
 
-    def update(updates: Flat, state: optax.OptState, params: Flat | None = None) -> tuple[Flat, optax.OptState]:
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Flat, optax.OptState]:
         grouped = None if params is None else _group(params)
         new, state = inner.update(_group(updates), state, grouped)
-        return _ungroup(new, updates), state
+        return _ungroup(cast(Flat, new), updates), state
 
     return optax.GradientTransformation(init, update)
 

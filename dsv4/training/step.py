@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def make_step(
             "gradient_norm": optax.tree.norm(gradients),
             "max_load": jnp.max(jnp.stack([jnp.max(x) * x.shape[0] for x in load.values()])) if load else total * 0,
         }
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = cast(Flat, optax.apply_updates(state.trainable, updates))
         buffers = balance_biases(state.buffers, load, train.bias_rate)
         return TrainState(state.step + 1, trainable, buffers, optimizer_state), metrics
 

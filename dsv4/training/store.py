@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from dsv4.training.step import TrainState
 
 
@@ -14,10 +16,10 @@ class StateStore:
 
     def __init__(self, folder: Path):
         # Imported here: orbax takes half a second that only training should pay.
-        from orbax.checkpoint import v1 as ocp
+        from orbax.checkpoint import v1
 
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._ocp = ocp
+        self._ocp: Any = v1  # its own annotations are too narrow for plain paths
         self._folder = folder.absolute()  # orbax refuses relative paths
 
     def latest(self) -> int | None:
@@ -29,10 +31,12 @@ class StateStore:
 
     def save(self, step: int, state: TrainState) -> None:
         with self._open() as store:
-            store.save_pytree(step, state) if hasattr(store, "save_pytree") else store.save(step, state)
+            store.save(step, state)
 
     def load(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at `step`, in the shapes and dtypes of `abstract`."""
+        """The state at `step`, in the shapes and dtypes of `abstract`, on the default device."""
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
         with self._open() as store:
             return store.load(step, abstract)
 

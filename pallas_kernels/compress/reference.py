@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
 from pallas_kernels.rotary import rotate
 
 
 class CompressorState(NamedTuple):
-    """The block being filled (and, for CSA, the one before it): raw projections, float32 [B, blocks*m, w].
+    """Raw projections of the block being filled (and, for CSA, of the one before it): float32 rings [B, slots, w].
 
-    Row j is the token at position (start // m - (blocks - 1)) * m + j; rows at and behind `start` mean nothing.
+    Rings (pallas_kernels.ring) so that the drafts of a step can be rejected after one of them has closed a block.
     """
 
     kv: jax.Array
@@ -22,7 +23,7 @@ class CompressorState(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What one call finished: values [B, nb, K]; entry i of row b has number first[b] + i and exists for i < closed[b]."""
+    """What one call finished: values [B, nb, K]; entry i of row b has number first[b] + i, and i < closed[b] exist."""
 
     values: jax.Array
     first: jax.Array
@@ -31,7 +32,7 @@ class Entries(NamedTuple):
 
 def initial_state(batch: int, ratio: int, rows: int, overlap: bool) -> CompressorState:
     """The state before the first token; `rows` is the projection width w."""
-    shape = (batch, ratio * (2 if overlap else 1), rows)
+    shape = (batch, ratio * (2 if overlap else 1) + MAX_STEP - 1, rows)
     return CompressorState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
 
 
@@ -51,18 +52,19 @@ def compress(
     history = ape.shape[1] // width - 1  # blocks kept before the open one: 1 when overlapping
     kv, gate = kv.astype(jnp.float32), gate.astype(jnp.float32)
     first = start // m
+    closed = (start + count) // m - first
     if state is None:
-        blocks = kv.shape[1] // m
+        blocks, carried = kv.shape[1] // m, None
         kv_rows, gate_rows = (_pad_front(rows[:, : blocks * m], history * m) for rows in (kv, gate))
-        carried = None
     else:
         blocks = (kv.shape[1] + m - 1) // m  # the most that can close: the open block may hold m - 1 rows already
-        fill = start % m + history * m
-        kv_rows = _append(state.kv, kv, fill, (history + blocks + 1) * m)
-        gate_rows = _append(state.gate, gate, fill, (history + blocks + 1) * m)
-    closed = (start + count) // m - first
-    if state is not None:
-        carried = CompressorState(*(_window(rows, closed * m, (history + 1) * m) for rows in (kv_rows, gate_rows)))
+        kv_rows, gate_rows = (
+            _append(
+                read_ring(ring, (first - history) * m, (history + 1) * m), rows, start % m + history * m, blocks * m
+            )
+            for ring, rows in ((state.kv, kv), (state.gate, gate))
+        )
+        carried = CompressorState(write_ring(state.kv, kv, start, count), write_ring(state.gate, gate, start, count))
     pooled = _pool(kv_rows, gate_rows, ape.astype(jnp.float32), blocks, width, first)
     entry = first[:, None] + jnp.arange(blocks)[None]
     values = rotate(rms_norm(pooled, norm_weight, norm_eps), entry * m, frequencies)
@@ -92,13 +94,8 @@ def _pad_front(rows: jax.Array, count: int) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (count, 0), (0, 0)))
 
 
-def _append(history: jax.Array, new: jax.Array, fill: jax.Array, length: int) -> jax.Array:
-    """`length` rows: the first fill[b] of history, then those of `new` (its last row repeats at the end)."""
-    at = jnp.arange(length)[None]
+def _append(history: jax.Array, new: jax.Array, fill: jax.Array, beyond: int) -> jax.Array:
+    """The first fill[b] rows of history, then those of `new` (its last row repeats); `beyond` more than history."""
+    at = jnp.arange(history.shape[1] + beyond)[None]
     index = jnp.where(at < fill[:, None], at, history.shape[1] + jnp.minimum(at - fill[:, None], new.shape[1] - 1))
     return jnp.take_along_axis(jnp.concatenate([history, new], axis=1), index[..., None], axis=1)
-
-
-def _window(rows: jax.Array, offset: jax.Array, length: int) -> jax.Array:
-    index = offset[:, None] + jnp.arange(length)[None]
-    return jnp.take_along_axis(rows, index[..., None], axis=1)

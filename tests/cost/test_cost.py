@@ -103,8 +103,7 @@ def test_bytes_are_those_of_the_cache_arrays(layers):
     capacity = 64
     cache = jax.eval_shape(lambda: init_cache(config, Execution(dtype="bfloat16"), 1, capacity))
     allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
-    windows = sum(layer.kind != "full" for layer in config.layers)
-    drafts = windows * (MAX_STEP - 1) * entry_bytes(config.attention, "bfloat16")
+    drafts = len(config.layers) * (MAX_STEP - 1) * entry_bytes(config.attention, "bfloat16")
     fixed = window_bytes(config, BF16) + drafts + compressor_state_bytes(config)
     assert allocated == fixed + capacity * bytes_per_token(config, BF16)
 

@@ -13,12 +13,13 @@ from dsv4.model.attention.compressor import Compressor
 from dsv4.model.attention.index_loss import index_divergence
 from dsv4.model.attention.indexer import Indexer
 from dsv4.model.attention.select import Selection, select_all, select_best, visible
-from dsv4.model.cache import MAX_STEP, LayerCache, read_band, window_index, write_window
+from dsv4.model.cache import LayerCache, window_index
 from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.model.rope import frequencies
 from dsv4.parameters import SpecTree
 from pallas_kernels.block_matmul import block_diagonal_matmul
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
 from pallas_kernels.rotary import rotate
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
 
@@ -82,7 +83,14 @@ class Attention(nnx.Module):
             selection = select_all(position, self.layer.ratio)
         if self.indexer is not None:
             scores, keys, index = self.indexer(
-                x, q_latent, position, start, count, rope, None if cache is None else cache.index, self.implementation
+                x,
+                q_latent,
+                position,
+                start,
+                count,
+                rope,
+                None if cache is None else cache.index_keys,
+                self.implementation,
             )
             best = select_best(scores, self.top_k, position, self.layer.ratio, self.implementation)
             selection = selection if attend_all else best
@@ -91,7 +99,7 @@ class Attention(nnx.Module):
         if scores is not None and entries is not None:
             seen = visible(position, self.layer.ratio)
             divergence = index_divergence(q, entries, lse, self._sink(), scores, seen, self._scale)
-        trace = AttentionTrace(selection and selection.index, entries, keys, divergence)
+        trace = AttentionTrace(selection and selection.indices, entries, keys, divergence)
         new_cache = None if window is None else LayerCache(window, compressed, index)
         return self._project(out, position, rope), new_cache, trace
 
@@ -119,21 +127,21 @@ class Attention(nnx.Module):
         selection: Selection | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Output [B, T, H, K], log-sum-exp [B, T, H], and the window ring with the new tokens in it."""
-        picked = (entries, selection and selection.index, selection and selection.count, self._sink())
+        picked = (entries, selection and selection.indices, selection and selection.counts, self._sink())
         how = {"scale": self._scale, "implementation": self.implementation}
         tokens = q.shape[1]
         full = self.layer.kind == "full"
         if cache is None:
             width = tokens if full else self.config.window
             return *sparse_attention_prefill(q, kv, start, *picked, width=width, **how), None
-        ring = write_window(cache.window, kv, start, count)
+        ring = write_ring(cache.window, kv, start, count)
         slots = ring.shape[1]
-        width = slots if full else self.config.window
+        width = slots - MAX_STEP + 1 if full else self.config.window
         if tokens <= MAX_STEP:
             position = start[:, None] + jnp.arange(tokens)[None]
             index = window_index(position, width, slots)
             return *sparse_attention(q, ring, index, *picked, **how), ring
-        history = read_band(cache.window, start, width - 1).astype(kv.dtype)
+        history = read_ring(cache.window, start - (width - 1), width - 1).astype(kv.dtype)
         stored = kv.astype(ring.dtype).astype(kv.dtype)  # attend to what the cache keeps, whatever the chunking
         band = jnp.concatenate([history, stored], axis=1)
         return *sparse_attention_prefill(q, band, start, *picked, width=width, **how), ring

@@ -10,10 +10,10 @@ from pallas_kernels.top_k import top_k
 
 
 class Selection(NamedTuple):
-    """index int32 [B, T, k], -1 for none (None: the first `count` entries in order); count int32 [B, T]."""
+    """indices int32 [B, T, k], -1 for none (None: the first `counts` entries in order); counts int32 [B, T]."""
 
-    index: jax.Array | None
-    count: jax.Array
+    indices: jax.Array | None
+    counts: jax.Array
 
 
 def visible(position: jax.Array, ratio: int) -> jax.Array:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +44,8 @@ class Train:
         with output.json_file(self.json) as write:
             from dsv4.training.run import train
 
-            result = train(named, out, data=self.data, resume=self.resume, report=_say)
+            with _progress(named.train.steps) as report:
+                result = train(named, out, data=self.data, resume=self.resume, report=report)
             facts = {
                 "directory": str(result.directory),
                 "bits_per_byte": result.bits_per_byte,
@@ -53,7 +56,27 @@ class Train:
         print(f"{result.directory}: {bits:.4f} held-out bits per byte, {seconds:.0f} s")
 
 
-def _say(row: dict[str, Any]) -> None:
-    shown = ("step", "loss", "bits_per_byte", "tokens_per_second")
-    parts = (f"{name.replace('_', ' ')} {row[name]:.6g}" for name in shown if name in row)
-    print(", ".join(parts), file=sys.stderr)
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Takes rows of metrics: a bar with the latest figures on a terminal, a line for each row anywhere else."""
+    if not sys.stderr.isatty():
+        yield lambda row: print(f"step {row['step']}, {_figures(row)}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("compiling the first step", total=steps)
+
+        def report(row: dict[str, Any]) -> None:
+            bar.update(task, completed=row["step"], description=_figures(row))
+            if "bits_per_byte" in row:
+                bar.console.print(f"step {row['step']}, {_figures(row)}")
+
+        yield report
+
+
+def _figures(row: dict[str, Any]) -> str:
+    shown = ("loss", "bits_per_byte", "tokens_per_second")
+    return ", ".join(f"{name.replace('_', ' ')} {row[name]:.6g}" for name in shown if name in row)

@@ -6,10 +6,11 @@ unbroken one would have done.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from dsv4 import checkpoint
 from dsv4.config import ConfigError, Execution, NamedConfig
 from dsv4.evaluate.held_out import held_out_bits
 from dsv4.model.handle import Model
+from dsv4.parameters import FLOAT32_CLASSES
 from dsv4.training.data import Batches, eval_windows
 from dsv4.training.metrics import Metrics
 from dsv4.training.prepare import Tokens, prepare
 from dsv4.training.step import TrainState, init_state, make_step, model_of
 from dsv4.training.store import StateStore
+from dsv4.training.tree import flatten, named_specs, unflatten
 
 Report = Callable[[dict[str, Any]], None]
+LOG_EVERY = 10  # steps between two rows of metrics
 
 
 @dataclass(frozen=True)
@@ -62,40 +66,60 @@ def train(
     state, first = _start(named, out, store, resume)
     step_fn = make_step(named.model, settings, execution)
     batches = Batches(tokens.train, settings.batch, settings.length, settings.seed)
-    metrics = Metrics(out, first)
     windows = eval_windows(tokens.held_out, settings.length, settings.length // 2, tokens.token_bytes)
-    bits, begun, mark, marked = float("nan"), time.perf_counter(), time.perf_counter(), first
+    recorder = Recorder(Metrics(out, first), first, settings.batch * settings.length, report)
+    bits = None
     for step in range(first, settings.steps):
         state, parts = step_fn(state, batches.batch_at(step), attend_all=step < settings.dense_steps)
         done = step + 1
-        evaluate = done % settings.eval_every == 0 or done == settings.steps
-        if done % 10 == 0 or evaluate or step == first:
-            row = {"step": done, **{name: float(value) for name, value in jax.device_get(parts).items()}}
-            now = time.perf_counter()
-            row["tokens_per_second"] = (done - marked) * settings.batch * settings.length / (now - mark)
-            row["seconds"] = now - begun
-            if not np.isfinite(row["loss"]):
-                raise FloatingPointError(f"the loss is {row['loss']} at step {done}: lower train.learning_rate")
-            if evaluate:
-                row["bits_per_byte"] = bits = held_out_bits(_for_evaluation(state, named, execution), windows)
-            metrics.write(row)
-            if report is not None:
-                report(row)
-            mark, marked = time.perf_counter(), done
-        if done % settings.save_every == 0 or done == settings.steps:
+        last = done == settings.steps
+        if done % settings.eval_every == 0 or last:
+            evaluate = functools.partial(held_out_bits, model_of(state, named.model, execution), windows)
+            bits = recorder.record(done, parts, evaluate)
+        elif done % LOG_EVERY == 0 or step == first:
+            recorder.record(done, parts)
+        if done % settings.save_every == 0 or last:
             store.save(done, state)
-    return _finish(named, state, tokens, bits, time.perf_counter() - begun, out)
+    if bits is None:  # a finished run, resumed
+        bits = held_out_bits(model_of(state, named.model, execution), windows)
+    return _finish(named, state, tokens, bits, recorder.seconds(), out)
+
+
+class Recorder:
+    """Turns the metrics of single steps into rows: floats, speed since the last row, a check that they are finite."""
+
+    def __init__(self, metrics: Metrics, first: int, tokens_per_step: int, report: Report | None):
+        self._metrics, self._report, self._tokens_per_step = metrics, report, tokens_per_step
+        self._begun = self._last_time = time.perf_counter()
+        self._last_step = first
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def record(self, step: int, parts: dict[str, Any], evaluate: Callable[[], float] | None = None) -> float | None:
+        """Writes and reports the row of `step`, with bits per byte if told how to measure them, and returns those.
+
+        The time of an evaluation counts in `seconds` only. Raises FloatingPointError where the loss is not finite.
+        """
+        row = {"step": step, **{name: float(value) for name, value in jax.device_get(parts).items()}}
+        now = time.perf_counter()
+        row["tokens_per_second"] = (step - self._last_step) * self._tokens_per_step / (now - self._last_time)
+        row["seconds"] = now - self._begun
+        if not np.isfinite(row["loss"]):
+            raise FloatingPointError(f"the loss is {row['loss']} at step {step}: lower train.learning_rate")
+        bits = None
+        if evaluate is not None:
+            bits = row["bits_per_byte"] = evaluate()
+        self._metrics.write(row)
+        if self._report is not None:
+            self._report(row)
+        self._last_time, self._last_step = time.perf_counter(), step
+        return bits
 
 
 def default_execution() -> Execution:
-    """bfloat16 and recomputed blocks on an accelerator, float32 on a CPU."""
-    if jax.default_backend() == "cpu":
-        return Execution(precision="default")
-    return Execution(dtype="bfloat16", precision="default", remat=True)
-
-
-def _for_evaluation(state: TrainState, named: NamedConfig, execution: Execution) -> Model:
-    return model_of(state, named.model, replace(execution, remat=False))
+    """bfloat16 on an accelerator, float32 on a CPU."""
+    return Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16", precision="default")
 
 
 def _start(named: NamedConfig, out: Path, store: StateStore, resume: bool) -> tuple[TrainState, int]:
@@ -136,9 +160,6 @@ def _finish(
 
 def _stored(model: Model) -> Model:
     """Parameters cast from the float32 masters to what the config's release stores."""
-    from dsv4.parameters import FLOAT32_CLASSES
-    from dsv4.training.tree import flatten, named_specs, unflatten
-
     specs, dtype = named_specs(model.config), model.config.storage.dtype
     keep = FLOAT32_CLASSES | {"hash"}
     flat = {

@@ -15,7 +15,7 @@ from dsv4.config.overrides import parse_layers
 
 MODEL = ModelConfig(
     layers=parse_layers("window,csa:4,hca:8,csa:4"),
-    vocab_size=256,
+    vocab_size=320,
     width=32,
     max_context=512,
     attention=AttentionConfig(

@@ -11,7 +11,7 @@ counting the parameters of a 1.6 T model is instant. Shapes: SPEC section 2; nam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -206,6 +206,17 @@ def leaves(tree: SpecTree, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[tuple
             yield (*prefix, key), value
         else:
             yield from leaves(value, (*prefix, key))
+
+
+def nest(items: Iterable[tuple[tuple[Any, ...], Any]]) -> dict[Any, Any]:
+    """The nested dict of (path, value) pairs: the inverse of `leaves`."""
+    tree: dict[Any, Any] = {}
+    for path, value in items:
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = value
+    return tree
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:

@@ -37,7 +37,11 @@ class Op:
         OPS[name] = self
 
     def __call__(self, *args: Any, implementation: str = "auto", **kwargs: Any) -> Any:
-        """Runs `implementation` ("auto", or a candidate's name). Raises UnsupportedError with every reason."""
+        """Runs `implementation`: "auto", a candidate's name, or for some ops only, "top_k=reference,router=sm90".
+
+        Raises UnsupportedError with every reason.
+        """
+        implementation = _for_op(self.name, implementation)
         named = [c for c in self.candidates if implementation in ("auto", c.name)]
         if not named:
             known = ", ".join(c.name for c in self.candidates)
@@ -59,6 +63,16 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _for_op(name: str, implementation: str) -> str:
+    """What a choice such as "router=sm90,top_k=reference" says of one op; ops it does not list are "auto"."""
+    if "=" not in implementation:
+        return implementation
+    choices = dict(part.split("=", 1) for part in implementation.split(","))
+    if unknown := choices.keys() - OPS.keys():
+        raise UnsupportedError(f"no op called {', '.join(sorted(unknown))}: there are {', '.join(sorted(OPS))}")
+    return choices.get(name, "auto")
 
 
 def always(*_args: Any, **_kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from dsv4.checkpoint.shards import locate
 from dsv4.checkpoint.transfer import transfer
 from dsv4.config.model import ModelConfig
 from dsv4.config.released import read_released
+from dsv4.parameters import nest
 from pallas_kernels.quant import QuantTensor
 
 ALIGNMENT = 64  # bytes; what XLA's CPU client needs to alias a host buffer
@@ -109,13 +110,7 @@ def _load(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    tree: dict[Any, Any] = {}
-    for leaf, future in zip(leaves, futures, strict=True):
-        node = tree
-        for key in leaf.path[:-1]:
-            node = node.setdefault(key, {})
-        node[leaf.path[-1]] = future.result()
-    return tree
+    return nest((leaf.path, future.result()) for leaf, future in zip(leaves, futures, strict=True))
 
 
 def _merged(directory: Path, futures: Sequence[Future]) -> CheckpointError:

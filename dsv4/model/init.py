@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4.config import ModelConfig
-from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs, tensor_name
+from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs, nest, tensor_name
 
 # Bias of the mixing logits towards the identity: at the start each stream mostly carries itself on.
 COMB_DIAGONAL = 4.0
@@ -17,15 +17,12 @@ COMB_DIAGONAL = 4.0
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[Any, Any]:
     """A parameter tree for `config` (SPEC section 2), float32 or `dtype` where the released layout allows it."""
-    tree: dict[Any, Any] = {}
-    for path, spec in leaves(model_specs(config)):
-        leaf_key = jax.random.fold_in(key, zlib.crc32(tensor_name(path).encode()))
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        value = _draw(spec, leaf_key, config)
-        node[path[-1]] = value if spec.kind == "hash" or spec.kind in FLOAT32_CLASSES else value.astype(dtype)
-    return tree
+
+    def leaf(path: tuple[Any, ...], spec: Spec) -> jax.Array:
+        value = _draw(spec, jax.random.fold_in(key, zlib.crc32(tensor_name(path).encode())), config)
+        return value if spec.kind == "hash" or spec.kind in FLOAT32_CLASSES else value.astype(dtype)
+
+    return nest((path, leaf(path, spec)) for path, spec in leaves(model_specs(config)))
 
 
 def _draw(spec: Spec, key: jax.Array, config: ModelConfig) -> jax.Array:

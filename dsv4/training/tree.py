@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from dsv4.config import ModelConfig
-from dsv4.parameters import Spec, leaves, model_specs, tensor_name
+from dsv4.parameters import Spec, leaves, model_specs, nest, tensor_name
 
 Flat = dict[str, jax.Array]
 
@@ -30,13 +30,7 @@ def flatten(config: ModelConfig, params: dict[Any, Any]) -> Flat:
 
 def unflatten(config: ModelConfig, flat: Flat) -> dict[Any, Any]:
     """The inverse of `flatten`."""
-    tree: dict[Any, Any] = {}
-    for path, _ in leaves(model_specs(config)):
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = flat[tensor_name(path)]
-    return tree
+    return nest((path, flat[tensor_name(path)]) for path, _ in leaves(model_specs(config)))
 
 
 def split(config: ModelConfig, params: dict[Any, Any]) -> tuple[Flat, Flat]:

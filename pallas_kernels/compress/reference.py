@@ -77,7 +77,7 @@ def _pool(kv: jax.Array, gate: jax.Array, ape: jax.Array, blocks: int, width: in
     batch = kv.shape[0]
 
     def block(rows: jax.Array, offset: int) -> jax.Array:
-        return rows[:, offset * m : (offset + blocks) * m].reshape(batch, blocks, m, -1)
+        return rows[:, offset * m : (offset + blocks) * m].reshape(batch, blocks, m, rows.shape[-1])
 
     kv_now, gate_now = block(kv, int(overlap)), block(gate, int(overlap)) + ape[None, None]
     if overlap:

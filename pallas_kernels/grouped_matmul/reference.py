@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quant import QuantTensor, dequantize
+from pallas_kernels.router import Routing
+from pallas_kernels.swiglu import swiglu
 
 # x [N, I] . w [E, O, I] over I, ragged over N: the [out, in] twin of jax.lax.ragged_dot.
 _RAGGED = jax.lax.RaggedDotDimensionNumbers(
@@ -22,6 +24,24 @@ def grouped_matmul(x: jax.Array, w: jax.Array | QuantTensor, counts: jax.Array) 
         return jnp.einsum("ni,noi->no", x, _plain(picked, x), preferred_element_type=jnp.float32).astype(x.dtype)
     y = jax.lax.ragged_dot_general(x, _plain(w, x), counts, _RAGGED, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
+
+
+def expert_gate_up(
+    x: jax.Array, w1: jax.Array | QuantTensor, w3: jax.Array | QuantTensor, routing: Routing, *, limit: float
+) -> jax.Array:
+    rows = x[routing.order // routing.experts.shape[1]]
+    gate, up = grouped_matmul(rows, w1, routing.counts), grouped_matmul(rows, w3, routing.counts)
+    weights = routing.weights.reshape(-1)[routing.order][:, None]
+    return (swiglu(gate, up, limit) * weights).astype(x.dtype)
+
+
+def expert_down(hidden: jax.Array, w2: jax.Array | QuantTensor, routing: Routing) -> jax.Array:
+    tokens, k = routing.experts.shape
+    out = grouped_matmul(hidden, w2, routing.counts)
+    # Back to token order by a gather: a scatter-add would sum in an order that depends on the other tokens.
+    rows = jnp.arange(tokens * k, dtype=routing.order.dtype)
+    place = jnp.zeros_like(routing.order).at[routing.order].set(rows)
+    return jnp.sum(out[place].reshape(tokens, k, -1).astype(jnp.float32), axis=1).astype(hidden.dtype)
 
 
 def _plain(w: jax.Array | QuantTensor, x: jax.Array) -> jax.Array:

@@ -70,7 +70,8 @@ def head(
 def _project(streams: jax.Array, fn: jax.Array, norm_eps: float) -> jax.Array:
     flat = streams.astype(jnp.float32).reshape(*streams.shape[:-2], -1)
     inverse_rms = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + norm_eps)
-    return (flat @ fn.astype(jnp.float32).T) * inverse_rms
+    # "highest": a device that would round this small product to TF32 must not; the released code keeps it float32.
+    return jnp.matmul(flat, fn.astype(jnp.float32).T, precision="highest") * inverse_rms
 
 
 def _weighted_sum(weights: jax.Array, streams: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ def router(
     normalize: bool,
     scale: float,
 ) -> Routing:
-    logits = x.astype(jnp.float32) @ weight.astype(jnp.float32).T
+    logits = jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32).T, precision="highest")
     scores = _score(logits, scoring)
     if experts is None:
         biased = scores if bias is None else scores + bias.astype(jnp.float32)[None]
@@ -50,7 +50,8 @@ def router(
 
 def _score(logits: jax.Array, scoring: str) -> jax.Array:
     if scoring == "sqrtsoftplus":
-        return jnp.sqrt(jax.nn.softplus(logits))
+        # Clamped to the smallest normal number: below it the gradient of the root would be infinity times zero.
+        return jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), jnp.finfo(jnp.float32).tiny))
     if scoring == "sigmoid":
         return jax.nn.sigmoid(logits)
     if scoring == "softmax":

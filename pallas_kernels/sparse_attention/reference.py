@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -20,14 +22,14 @@ def sparse_attention(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    picked, seen = _gather(window, window_index), window_index >= 0
+    picked, seen = _gather(window, window_index).astype(q.dtype), window_index >= 0
     logits = [_masked(jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32), scale, seen)]
     values = [picked]
     if compressed is not None:
         if compressed_index is not None:
-            picked = _gather(compressed, compressed_index)
-            products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
             seen = _within(compressed_index, compressed_count)
+            picked = _gather(compressed, jnp.where(seen, compressed_index, -1)).astype(q.dtype)
+            products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
         else:
             seen = _first(compressed.shape[1], compressed_count)
             picked = _blank_unseen(compressed, seen).astype(q.dtype)
@@ -80,12 +82,13 @@ def _combine(
     logits: list[jax.Array], values: list[jax.Array], sink: jax.Array | None, q: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax over the concatenated lists; a value array has one axis less where queries share its entries."""
-    top = jnp.max(jnp.concatenate([jnp.max(x, axis=-1, keepdims=True) for x in logits], axis=-1), axis=-1)
+    tops = [jnp.max(x, axis=-1, initial=-jnp.inf) for x in logits]  # a list may be empty
+    top = functools.reduce(jnp.maximum, tops)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))[..., None]
     weights = [jnp.exp(x - top) for x in logits]
     total = sum(jnp.sum(w, axis=-1) for w in weights)
     out = sum(_weighted(w, v, q) for w, v in zip(weights, values, strict=True))
-    some = total > 0
+    some = total != 0  # a NaN stays one: it must not pass for "no entry"
     safe = jnp.where(some, total, 1.0)
     lse = jnp.where(some, jnp.log(safe) + top[..., 0], -jnp.inf)
     share = 1 / safe
@@ -119,7 +122,7 @@ def _gather(entries: jax.Array, index: jax.Array) -> jax.Array:
     """entries [B, N, K] at index [B, T, n] -> [B, T, n, K]; 0, never a stray NaN, where the index is -1."""
     batch, tokens, count = index.shape
     flat = jnp.maximum(index, 0).reshape(batch, tokens * count, 1)
-    picked = jnp.take_along_axis(entries, flat, axis=1).reshape(batch, tokens, count, -1)
+    picked = jnp.take_along_axis(entries, flat, axis=1).reshape(batch, tokens, count, entries.shape[-1])
     return jnp.where((index >= 0)[..., None], picked, 0)
 
 

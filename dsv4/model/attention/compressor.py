@@ -33,9 +33,10 @@ class Compressor(nnx.Module):
         Without a cache (full sequence) entry numbers are 0..T//m-1 and every one of them is finished.
         """
         wide = x.astype(jnp.float32)  # the released code projects and pools in float32
+        kv, gate = self.wkv(wide, out_dtype=jnp.float32), self.wgate(wide, out_dtype=jnp.float32)
+        before = None if cache is None else cache.state
         entries, state = compress(
-            self.wkv(wide), self.wgate(wide), None if cache is None else cache.state, start, count,
-            read(self.ape), read(self.norm.weight), frequencies,
+            kv, gate, before, start, count, read(self.ape), read(self.norm.weight), frequencies,
             norm_eps=self.norm.eps, implementation=implementation,
         )  # fmt: skip
         if cache is None or state is None:

@@ -11,7 +11,7 @@ from dsv4.config import (
     StorageConfig,
     YarnConfig,
 )
-from dsv4.config.overrides import parse_layers
+from dsv4.config.layers import parse_layers
 
 MODEL = ModelConfig(
     layers=parse_layers("window*2," + "csa:4,hca:128," * 20 + "csa:4"),

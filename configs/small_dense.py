@@ -4,7 +4,7 @@ dsv4 train small_dense --out runs/small_dense
 """
 
 from dsv4.config import AttentionConfig, HyperConnectionConfig, ModelConfig, MoEConfig, TrainConfig
-from dsv4.config.overrides import parse_layers
+from dsv4.config.layers import parse_layers
 
 MODEL = ModelConfig(
     layers=parse_layers("full*5"),

@@ -11,7 +11,7 @@ from dsv4.config import (
     TrainConfig,
     YarnConfig,
 )
-from dsv4.config.overrides import parse_layers
+from dsv4.config.layers import parse_layers
 
 MODEL = ModelConfig(
     layers=parse_layers("window,csa:4,hca:8,csa:4"),

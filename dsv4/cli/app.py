@@ -39,7 +39,8 @@ the same everywhere:
   --set A.B=C    changes one field of the config; give it as often as you like
   --json FILE    also writes the results as JSON, whole or not at all
   stdout         results; progress, warnings and errors go to stderr
-  exit code      0, 1 (failed, with one line that says why) or 2 (bad arguments)
+  exit code      0; 2 for what stands on the command line (an unknown option, CONFIG or field, a value out of range);
+                 1 for all else (files, checkpoints, prompts that do not fit), with one line that says why
   DSV4_DEBUG=1   shows the traceback behind an error"""
 # Errors that are the user's to fix: their message is all there is to say. A module that was never imported has raised
 # nothing, so none is imported for this.
@@ -47,12 +48,13 @@ USER_ERRORS = {
     "dsv4.config.model": "ConfigError",
     "dsv4.checkpoint.errors": "CheckpointError",
     "dsv4.decoding.inputs": "InputError",
+    "dsv4.training.errors": "DataError",
     "pallas_kernels.dispatch": "UnsupportedError",
 }
 
 
 class UsageError(Exception):
-    """Arguments that contradict each other, which the parser cannot see."""
+    """Arguments that the parser takes and the command cannot: a value out of range, two that contradict each other."""
 
 
 class Command(Protocol):
@@ -75,12 +77,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader of stdout (`| head`) has gone: nothing more to say, nor at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except UsageError as error:
-            return _fail(str(error), 2)
         except Exception as error:
-            if os.environ.get("DSV4_DEBUG") == "1" or not isinstance(error, _user_errors()):
+            if os.environ.get("DSV4_DEBUG") == "1" or not isinstance(error, (UsageError, *_user_errors())):
                 raise
-            return _fail(str(error) or type(error).__name__)
+            return _fail(str(error) or type(error).__name__, 2 if isinstance(error, UsageError) else 1)
     return 0
 
 

@@ -18,7 +18,9 @@ from dsv4.cli.source import load_model
 from dsv4.cost import count_parameters, dense_multihead_bytes_per_token
 
 if TYPE_CHECKING:
+    from dsv4.config import ModelConfig
     from dsv4.decoding.generate import Generation
+    from dsv4.model.cache import Cache
     from dsv4.model.handle import Model
 
 
@@ -41,7 +43,7 @@ class Generate:
     """A file that holds the prompt instead (UTF-8)."""
     checkpoint: Checkpoint = "small"
     max_new: int = 200
-    """The most tokens to make; the end id stops earlier."""
+    """The most tokens to make; the end of the document stops earlier."""
     temperature: float = 0.8
     """0 takes the most likely token every time."""
     top_k: int = 0
@@ -54,11 +56,17 @@ class Generate:
 
     def run(self) -> None:
         from dsv4.decoding.generate import stream
+        from dsv4.decoding.inputs import InputError
         from dsv4.decoding.sample import Sampling
         from dsv4.decoding.text import encode, load_tokenizer, prompt_ids
 
         prompt = self._prompt()
-        sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        if self.max_new < 1:
+            raise UsageError(f"--max-new is {self.max_new}: ask for at least 1 new token")
+        try:
+            sampling = Sampling(self.temperature, self.top_k, self.top_p)
+        except InputError as error:
+            raise UsageError(str(error)) from error
         with output.json_file(self.json) as write:
             keep_compiled_programs()
             model = load_model(self.checkpoint)
@@ -94,7 +102,7 @@ class Generate:
 def run_facts(model: Model, tokens: Generation) -> dict[str, Any]:
     """Speeds, parameters and cache bytes of a finished generation, as plain data."""
     stats, parameters = tokens.stats, count_parameters(model.config)
-    growing, fixed = cache_bytes(tokens)
+    growing, fixed = cache_bytes(model.config, tokens.cache)
     return {
         **dataclasses.asdict(stats),
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
@@ -107,15 +115,14 @@ def run_facts(model: Model, tokens: Generation) -> dict[str, Any]:
     }
 
 
-def cache_bytes(tokens: Generation) -> tuple[float, int]:
-    """(bytes a token of context, fixed bytes a sequence) of the arrays of the cache, which holds one sequence."""
-    cache = tokens.cache
+def cache_bytes(config: ModelConfig, cache: Cache) -> tuple[float, int]:
+    """(bytes a token of context, fixed bytes a sequence) of the arrays of a cache that holds one sequence."""
     growing = fixed = 0
-    for layer in cache.layers:
-        if layer.window.shape[1] == cache.capacity:  # a full layer keeps every token
-            growing += layer.window.nbytes
-        else:
-            fixed += layer.window.nbytes
+    for kind, layer in zip((layer.kind for layer in config.layers), cache.layers, strict=True):
+        kept = cache.capacity if kind == "full" else 0  # slots that grow with the context; the rest are fixed
+        slot = layer.window.nbytes // layer.window.shape[1]
+        growing += slot * kept
+        fixed += slot * (layer.window.shape[1] - kept)
         for part in (layer.compressed, layer.index_keys):
             if part is not None:
                 growing += part.entries.nbytes

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -38,6 +36,4 @@ class Import:
             model = load_model(str(self.source))
             with output.progress(f"writing {self.destination}"):
                 checkpoint.save(model, self.destination)
-                if model.tokenizer_path is not None:
-                    shutil.copyfile(model.tokenizer_path, Path(self.destination) / "tokenizer.json")
             report(model, self.source, self.destination, write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dsv4.cli import output
-from dsv4.cli.arguments import Checkpoint
+from dsv4.cli.app import UsageError
+from dsv4.cli.arguments import Checkpoint, JsonFile
 from dsv4.cli.compilation import keep_compiled_programs
-from dsv4.cli.source import load_model, named_config
+from dsv4.cli.source import checkpoint_config, load_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,27 +44,40 @@ class Logits:
     chunk: int = 128
     """Tokens at a time in mode chunked."""
     recipe: str = "none"
-    """Quantisation of activations and cache."""
+    """Quantisation of activations and cache; only none so far."""
+    json: JsonFile = None
+    """Also writes mode, shape, seconds (with compilation) and tokens per second as JSON to this file."""
 
     def run(self) -> None:
         from dsv4.config import Execution
-        from dsv4.decoding.inputs import InputError, check_capacity, check_ids
+        from dsv4.decoding.inputs import check_capacity, check_ids
 
         if self.recipe != "none":
-            raise InputError(f"--recipe is {self.recipe!r}: recipes are not available yet, only 'none'")
+            raise UsageError(f"--recipe is {self.recipe!r}: recipes are not available yet, only 'none'")
         if self.chunk < 1:
-            raise InputError(f"--chunk is {self.chunk}: at least 1 token at a time")
+            raise UsageError(f"--chunk is {self.chunk}: at least 1 token at a time")
         ids = read_ids(self.input_ids)
-        with output.replacing(self.output) as temporary:
+        with output.json_file(self.json) as write, output.replacing(self.output) as temporary:
             # The config says whether the ids fit before the weights, which may take minutes, are read.
-            config = named_config(self.checkpoint).model
+            config = checkpoint_config(self.checkpoint)
             check_ids(ids, config)
             check_capacity(ids.shape[1], config.max_context, config)
             keep_compiled_programs()
             # The reference implementations: faster ones may round.
             execution = Execution(dtype="float32", precision="highest", implementation="reference")
-            logits = self._compute(load_model(self.checkpoint, execution), ids)
+            model = load_model(self.checkpoint, execution)
+            begin = time.perf_counter()
+            logits = self._compute(model, ids)
+            seconds = time.perf_counter() - begin
             _write(temporary, logits)
+            facts = {
+                "output": str(self.output),
+                "mode": self.mode,
+                "shape": list(logits.shape),
+                "seconds": seconds,  # compilation included
+                "tokens_per_second": ids.size / seconds,
+            }
+            write(facts)
         print(f"{self.output}: float32 {list(logits.shape)}")
 
     def _compute(self, model: Model, ids: np.ndarray) -> np.ndarray:

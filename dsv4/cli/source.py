@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4.config import ConfigError, Execution, NamedConfig, apply_overrides, load_config, names
+from dsv4.cli.app import UsageError
+from dsv4.config import ConfigError, Execution, ModelConfig, NamedConfig, apply_overrides, load_config, names
 
 if TYPE_CHECKING:
     from dsv4.model.handle import Model
@@ -17,18 +18,42 @@ ORBAX_MARKER = "_CHECKPOINT_METADATA"
 
 
 def named_config(source: str, overrides: Sequence[str] = ()) -> NamedConfig:
-    """The config a CONFIG argument means, with overrides. Raises ConfigError."""
-    named = _load(source)
+    """The config a CONFIG argument means, with overrides.
+
+    Raises UsageError where it names nothing or an override does not apply, ConfigError for a file that is no config.
+    """
+    named = _named(source)
     for text in overrides:
         if text.partition("=")[0].partition(".")[0].strip() not in ("model", "train"):
-            raise ConfigError(f"--set {text}: write model.{text}, or train. for how it is trained")
-        named = apply_overrides(named, [text])
+            raise UsageError(f"--set {text}: write model.{text}, or train. for how it is trained")
+        try:
+            named = apply_overrides(named, [text])
+        except ConfigError as error:
+            raise UsageError(f"--set {text}: {error}") from error
     return named
+
+
+def checkpoint_config(source: str) -> ModelConfig:
+    """The config of a CHECKPOINT argument, without its weights. Raises ConfigError."""
+    return _load(source).model
+
+
+def _named(source: str) -> NamedConfig:
+    try:
+        return _load(source)
+    except ConfigError as error:
+        if Path(source).exists() or _is_known(source):
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _is_known(source: str) -> bool:
+    return source in names() or (SHIPPED / source / "config.json").is_file()
 
 
 def _load(source: str) -> NamedConfig:
     path = Path(source)
-    if source not in names() and not path.exists() and (SHIPPED / source / "config.json").is_file():
+    if source not in names() and not path.exists() and _is_known(source):
         path = SHIPPED / source
     if (path / ORBAX_MARKER).is_file():
         return NamedConfig(path.name, _orbax_config(path))

@@ -34,5 +34,7 @@ class Execution:
             self.cache_dtype in (None, "float32", "bfloat16"),
             f"execution.cache_dtype is {self.cache_dtype!r}: float32, bfloat16 or None",
         )
-        require(self.precision in ("default", "highest"), f"execution.precision is {self.precision!r}")
+        require(
+            self.precision in ("default", "highest"), f"execution.precision is {self.precision!r}: default or highest"
+        )
         require(self.prefill_chunk >= 1, f"execution.prefill_chunk is {self.prefill_chunk}: it must be at least 1")

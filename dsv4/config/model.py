@@ -6,16 +6,23 @@ A variant is `dataclasses.replace`; a sweep is a list of dotted overrides. Field
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 LayerKind = Literal["window", "csa", "hca", "full"]
 Scoring = Literal["sqrtsoftplus", "softmax", "sigmoid"]
 Residual = Literal["hyper", "plain"]
+SCORINGS: tuple[str, ...] = get_args(Scoring)
 
 
 class ConfigError(ValueError):
     """A config that cannot be built: the message names the field, its value and what is allowed."""
+
+
+def one_of(allowed: Sequence[str]) -> str:
+    """`a, b or c`, for messages."""
+    return " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
 
 
 def require(condition: bool, message: str) -> None:
@@ -61,11 +68,15 @@ class YarnConfig:
     beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.factor > 0, f"yarn.factor is {self.factor}: it must be positive")
-        require(self.original_context > 0, f"yarn.original_context is {self.original_context}: it must be positive")
+        require(self.factor > 0, f"attention.yarn.factor is {self.factor}: it must be positive")
+        require(
+            self.original_context > 0,
+            f"attention.yarn.original_context is {self.original_context}: it must be positive",
+        )
         require(
             self.beta_fast >= self.beta_slow > 0,
-            f"yarn.beta_fast {self.beta_fast} must be at least yarn.beta_slow {self.beta_slow}, both positive",
+            f"attention.yarn.beta_fast {self.beta_fast} must be at least "
+            f"attention.yarn.beta_slow {self.beta_slow}, both positive",
         )
 
 
@@ -127,11 +138,12 @@ class MoEConfig:
     swiglu_limit: float = 10.0  # 0: no clamp
 
     def __post_init__(self) -> None:
-        require(self.scoring in ("sqrtsoftplus", "softmax", "sigmoid"), f"moe.scoring is {self.scoring!r}")
-        require(self.experts >= 0 and self.shared >= 0, "moe.experts and moe.shared cannot be negative")
+        require(self.scoring in SCORINGS, f"moe.scoring is {self.scoring!r}: {one_of(SCORINGS)}")
+        for name in ("experts", "shared", "hash_layers"):
+            require(getattr(self, name) >= 0, f"moe.{name} is {getattr(self, name)}: it cannot be negative")
         require(self.experts + self.shared > 0, "moe.experts and moe.shared are both 0: a layer needs one expert")
         require(self.expert_width >= 1, f"moe.expert_width is {self.expert_width}: it must be at least 1")
-        require(self.hash_layers >= 0, f"moe.hash_layers is {self.hash_layers}: it cannot be negative")
+        require(self.routed_scale > 0, f"moe.routed_scale is {self.routed_scale}: it must be positive")
         require(self.swiglu_limit >= 0, f"moe.swiglu_limit is {self.swiglu_limit}: 0 (none) or positive")
         if self.experts:
             require(
@@ -205,6 +217,7 @@ class ModelConfig:
             f"moe.hash_layers is {self.moe.hash_layers} but there are {len(self.layers)} layers",
         )
         require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}: it must be positive")
+        require(self.initializer_range >= 0, f"initializer_range is {self.initializer_range}: it cannot be negative")
         if any(layer.kind == "csa" for layer in self.layers):
             require(
                 self.indexer.head_dim >= self.attention.rope_dim,

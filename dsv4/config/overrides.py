@@ -10,31 +10,10 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from dsv4.config.model import ConfigError, LayerConfig
+from dsv4.config.layers import parse_layers
+from dsv4.config.model import ConfigError, LayerConfig, one_of
 
-
-def parse_layers(text: str) -> tuple[LayerConfig, ...]:
-    """`window,csa:4,hca:128,full`, a `*N` behind a kind repeats it; released integer codes are taken too."""
-    layers: list[LayerConfig] = []
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        word, _, times = word.partition("*")
-        kind, _, ratio = word.partition(":")
-        try:
-            if kind.isdecimal():
-                layer = released_layer(int(kind))
-            else:
-                layer = LayerConfig(typing.cast(Any, kind), int(ratio or 0))
-            layers += [layer] * int(times or 1)
-        except ValueError as error:
-            raise ConfigError(f"layers: cannot read {word!r} ({error}); write e.g. window,csa:4,hca:128*3") from error
-    return tuple(layers)
-
-
-def released_layer(ratio: int) -> LayerConfig:
-    """The layer behind one number of the released `compress_ratios`: 0 window, 4 CSA, anything else HCA."""
-    if ratio == 0:
-        return LayerConfig("window")
-    return LayerConfig("csa" if ratio == 4 else "hca", ratio)
+Changes = dict[str, Any]  # field -> its new value, or the Changes of the config it holds
 
 
 def replace[T](config: T, path: str, value: Any) -> T:
@@ -42,42 +21,83 @@ def replace[T](config: T, path: str, value: Any) -> T:
 
     Raises ConfigError naming an unknown field (and the nearest known one) or a value of the wrong type.
     """
-    name, _, rest = path.partition(".")
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, config))}
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(fields)}"
-        raise ConfigError(f"{type(config).__name__} has no field {name!r}{hint}")
-    old = getattr(config, name)
-    if rest:
-        if not dataclasses.is_dataclass(old):
-            raise ConfigError(f"{name!r} of {type(config).__name__} is {old!r}: it has no field {rest!r}")
-        value = replace(old, rest, value)
-    else:
-        value = _coerce(value, typing.get_type_hints(type(config))[name], name)
-    return dataclasses.replace(typing.cast(Any, config), **{name: value})
+    changes: Changes = {}
+    _collect(changes, config, path, value)
+    return _rebuilt(config, changes)
 
 
 def apply_overrides[T](config: T, overrides: Iterable[str]) -> T:
-    """Applies `a.b=value` strings in order. Raises ConfigError for a malformed one."""
+    """Applies `a.b=value` strings together, so that their order is free; of two for one field the later one counts.
+
+    Raises ConfigError for a malformed one, and for a config that all of them together make invalid.
+    """
+    changes: Changes = {}
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():
             raise ConfigError(f"override {text!r}: write it as field.name=value")
-        config = replace(config, path.strip(), value.strip())
-    return config
+        _collect(changes, config, path.strip(), value.strip())
+    return _rebuilt(config, changes)
+
+
+def _collect(changes: Changes, config: Any, path: str, value: Any) -> None:
+    """Adds one override of `config` to `changes`; nothing is validated beyond the type of the value."""
+    *outer, last = path.split(".")
+    for at, name in enumerate(outer):
+        _require_field(config, name)
+        config, changed = getattr(config, name), changes.get(name)
+        if not isinstance(changed, dict):
+            config = config if name not in changes else changed
+            changed = changes[name] = {}
+        changes = changed
+        if not dataclasses.is_dataclass(config):
+            raise ConfigError(f"{'.'.join(outer[: at + 1])} is {config!r}: it has no field {path.split('.')[at + 1]!r}")
+    _require_field(config, last)
+    changes[last] = _coerce(value, typing.get_type_hints(type(config))[last], path)
+
+
+def _require_field(config: Any, name: str) -> None:
+    fields = [field.name for field in dataclasses.fields(config)]
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(fields)}"
+        raise ConfigError(f"{type(config).__name__} has no field {name!r}{hint}")
+
+
+def _rebuilt(config: Any, changes: Changes) -> Any:
+    """`config` with all changes made, the inner configs first, each validated once."""
+    values = {
+        name: _rebuilt(getattr(config, name), change) if isinstance(change, dict) else change
+        for name, change in changes.items()
+    }
+    return dataclasses.replace(config, **values)
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     if hint == tuple[LayerConfig, ...]:
-        return parse_layers(value) if isinstance(value, str) else tuple(value)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        return _layers(value, name)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
         matched, converted = _convert(value, option)
         if matched:
             return converted
-    expected = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise ConfigError(f"{name} is {value!r}: expected {expected}")
+    allowed = one_of([word for option in options for word in _words(option)])
+    choice = any(typing.get_origin(option) is typing.Literal for option in options)
+    raise ConfigError(f"{name} is {value!r}: {allowed if choice else f'expected {allowed}'}")
+
+
+def _words(option: Any) -> tuple[str, ...]:
+    if typing.get_origin(option) is typing.Literal:
+        return typing.get_args(option)
+    return ("None" if option is type(None) else option.__name__,)
+
+
+def _layers(value: Any, name: str) -> tuple[LayerConfig, ...]:
+    if isinstance(value, str):
+        return parse_layers(value)
+    if isinstance(value, list | tuple) and all(isinstance(layer, LayerConfig) for layer in value):
+        return tuple(value)
+    raise ConfigError(f"{name} is {value!r}: expected layers, or text such as 'window,csa:4,hca:128*3'")
 
 
 def _convert(value: Any, option: Any) -> tuple[bool, Any]:

@@ -20,7 +20,7 @@ class TrainConfig:
     batch: int = 16
     length: int = 2048
     dense_steps: int = 0
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = 3e-3
     matrix_learning_rate: float = 6e-3  # Muon's matrices: an update has an RMS of 0.18 times this
     final_fraction: float = 0.1  # of the learning rates, at the end of the cosine
@@ -38,7 +38,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "length", "eval_every", "save_every"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: it must be at least 1")
-        require(self.optimizer in ("adamw", "muon"), f"train.optimizer is {self.optimizer!r}: adamw or muon")
+        require(self.optimizer in ("muon", "adamw"), f"train.optimizer is {self.optimizer!r}: muon or adamw")
         for name in ("learning_rate", "matrix_learning_rate", "clip_norm"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}: it must be positive")
         for name in (
@@ -51,3 +51,7 @@ class TrainConfig:
             "indexer_weight",
         ):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: it cannot be negative")
+        require(
+            0 <= self.final_fraction <= 1,
+            f"train.final_fraction is {self.final_fraction}: it must be between 0 and 1",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,13 @@ class GenerationStats:
 
 
 class Generation(Iterator[int]):
-    """New token ids as they come. `stats` covers those given so far; `cache` may be one step ahead of them."""
+    """New token ids as they come, up to the first that is in `ends`.
+
+    `stats` covers those given so far; `cache` may be one step ahead of them.
+    """
 
     def __init__(
-        self, model: Model, ids: np.ndarray, max_new: int, sampling: Sampling, seed: int, eos: int | None
+        self, model: Model, ids: np.ndarray, max_new: int, sampling: Sampling, seed: int, ends: Container[int]
     ) -> None:
         self.stats = GenerationStats(prompt_tokens=ids.shape[1])
         capacity = _power_of_two(ids.shape[1] + max_new, SMALLEST_CAPACITY, model.config.max_context)
@@ -71,7 +74,7 @@ class Generation(Iterator[int]):
         self._sampling, self._key = sampling, jax.random.key(seed)
         self._chunks = list(_chunks(ids, model.execution.prefill_chunk))
         self._compile()
-        self._tokens = self._run(max_new, eos)
+        self._tokens = self._run(max_new, ends)
 
     def __next__(self) -> int:
         return next(self._tokens)
@@ -92,7 +95,7 @@ class Generation(Iterator[int]):
         _step(self._model, self._first(logits), self._key, spare, self._sampling)[0].block_until_ready()
         self.stats.compile_seconds += time.perf_counter() - begin
 
-    def _run(self, max_new: int, eos: int | None) -> Iterator[int]:
+    def _run(self, max_new: int, ends: Container[int]) -> Iterator[int]:
         begin = time.perf_counter()
         logits, self.cache = self._prefill(self._chunks)
         token = self._first(logits).block_until_ready()
@@ -106,7 +109,7 @@ class Generation(Iterator[int]):
             self.stats.new_tokens = number
             self.stats.decode_seconds = time.perf_counter() - begin if number > 1 else 0.0
             yield value
-            if value == eos:
+            if value in ends:
                 return
             token = following
 
@@ -137,15 +140,16 @@ def stream(
     """Up to `max_new` new ids after the prompt `ids` [T], which is taken as it is (start it with `config.bos_id`).
 
     Compiles at once; the prompt is processed when the first token is asked for. A token depends on the ids before it,
-    the seed and its position only. With `stop_at_eos` the end id is the last one given. Raises InputError for a prompt
-    that is empty, out of range or leaves no room for `max_new`.
+    the seed and its position only. With `stop_at_eos` the first `config.eos_id` or `config.bos_id` is the last one
+    given: a text ends with the one, or where the next would begin with the other, as documents do in training. Raises
+    InputError for a prompt that is empty, out of range or leaves no room for `max_new`.
     """
     if len(ids) == 0:
         raise InputError(EMPTY_PROMPT)
     rows = np.asarray(check_ids(np.asarray(ids)[None], model.config))
     check_room(rows.shape[1], max_new, model.config)
-    eos = model.config.eos_id if stop_at_eos else None
-    return Generation(model, rows, max_new, _canonical(sampling), seed, eos)
+    ends = (model.config.eos_id, model.config.bos_id) if stop_at_eos else ()
+    return Generation(model, rows, max_new, _canonical(sampling), seed, ends)
 
 
 def generate(
@@ -158,7 +162,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> str:
-    """The text that continues `prompt`, without it. Greedy unless `temperature` is above 0; ends at the end id.
+    """The text that continues `prompt`, without it. Greedy unless `temperature` is above 0; ends with the document.
 
     The prompt is text or token ids; `config.bos_id` is put before it unless the ids start with it already.
     Raises InputError as `stream`, and where the model has no tokenizer.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv4.decoding.inputs import check_capacity, check_ids, check_lengths
+from dsv4.decoding.inputs import InputError, check_batch, check_capacity, check_ids, check_lengths, check_step
 from dsv4.model.cache import Cache, init_cache
 from dsv4.model.handle import Model
 from dsv4.model.transformer import Trace
@@ -18,6 +18,7 @@ from pallas_kernels.ring import MAX_STEP
 def forward(model: Model, ids: Any, *, trace: bool = False) -> jax.Array | tuple[jax.Array, Trace]:
     """Logits float32 [B, T, V] of whole sequences ids [B, T]; with `trace`, also everything chosen on the way.
 
+    Only this way through the model has a trace: to see what decoding chooses, pass the tokens it has made.
     Raises InputError for ids that are empty, out of range or longer than the model's context.
     """
     ids = check_ids(ids, model.config)
@@ -37,18 +38,22 @@ def prefill(
     """Feeds prompts ids [B, T] (right-padded to `lengths`): logits float32 [B, V] after each row's last token.
 
     Runs `model.execution.prefill_chunk` tokens at a time. `capacity` (default: the prompt and room for 1024 tokens)
-    bounds what may be decoded later; `cache` continues one that already holds tokens. Raises InputError as `forward`,
-    and where the tokens do not fit.
+    bounds what may be decoded later; `cache` continues one that already holds tokens, of as many rows and with a
+    capacity of its own. Raises InputError as `forward`, and where the tokens do not fit.
     """
     ids = check_ids(ids, model.config)
     batch, tokens = ids.shape
     lengths = check_lengths(lengths, batch, tokens)
     if cache is None:
         longest = int(lengths.max())
-        capacity = capacity or max(longest, min(tokens + 1024, model.config.max_context))
+        if capacity is None:
+            capacity = max(longest, min(tokens + 1024, model.config.max_context))
         check_capacity(longest, capacity, model.config)
         state = init_cache(model.config, model.execution, batch, capacity)
     else:
+        if capacity is not None:
+            raise InputError(f"capacity={capacity} with a cache, which holds {cache.capacity} tokens: give one of them")
+        check_batch(batch, cache.length.shape[0])
         check_capacity(int((np.asarray(cache.length) + lengths).max()), cache.capacity, model.config)
         state = cache
     last = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
@@ -64,15 +69,13 @@ def decode_step(model: Model, tokens: Any, cache: Cache, *, count: Any = None) -
     """One step: tokens [B] or [B, T] with T <= 4 -> logits float32 [B, V] or [B, T, V], and the new cache.
 
     `count` int32 [B] (default: all) says how many of a row's tokens are real; 0 leaves the row as it was. A row whose
-    cache is full gets NaN logits: a jitted step cannot raise, and a wrong token must not pass for a right one.
+    cache is full gets NaN logits: a jitted step cannot raise, and a wrong token must not pass for a right one. Raises
+    InputError for shapes and dtypes that do not fit, a `count` outside 0..T, and ids out of range that are on the host.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    ids = tokens[:, None] if tokens.ndim == 1 else tokens
-    if ids.shape[1] > MAX_STEP:
-        raise ValueError(f"decode_step got {ids.shape[1]} tokens a row, at most {MAX_STEP}: use prefill(cache=...)")
-    count = jnp.full(ids.shape[0], ids.shape[1], jnp.int32) if count is None else jnp.asarray(count, jnp.int32)
-    logits, cache = extend(model, ids, count, cache)
-    return (logits[:, 0] if tokens.ndim == 1 else logits), cache
+    ids, real = check_step(tokens, count, MAX_STEP, model.config)
+    check_batch(ids.shape[0], cache.length.shape[0])
+    logits, cache = extend(model, ids, real, cache)
+    return (logits[:, 0] if np.ndim(tokens) == 1 else logits), cache
 
 
 def forward_body(model: Model, ids: jax.Array, trace: bool) -> tuple[jax.Array, Trace | None]:

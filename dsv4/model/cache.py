@@ -50,6 +50,14 @@ def init_cache(config: ModelConfig, execution: Execution, batch: int, capacity: 
     return Cache(jnp.zeros(batch, jnp.int32), layers, capacity)
 
 
+def rollback(cache: Cache, length: jax.Array) -> Cache:
+    """`cache` as it was at `length` int32 [B] tokens a row, at most MAX_STEP - 1 fewer than it holds.
+
+    Takes back rejected drafts: what they wrote lies behind `length` and is overwritten by the tokens to come.
+    """
+    return dataclasses.replace(cache, length=length)
+
+
 def _layer(config: ModelConfig, layer: LayerConfig, execution: Execution, batch: int, capacity: int) -> LayerCache:
     dtype = jnp.dtype(execution.cache_dtype or execution.dtype)
     head_dim = config.attention.head_dim

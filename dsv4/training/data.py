@@ -1,12 +1,10 @@
-"""Token ids for training and evaluation: a cache, seekable random batches, windows for exact bits per byte.
+"""Token ids for training and evaluation: streams, seekable random batches, windows for exact bits per byte.
 
 A token stream is every document in turn, each as `BOS_ID` and then its ids. There is no id at a document's
 end: the `BOS_ID` of the next one says the same, so generation stops at either special id.
 """
 
-import hashlib
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +12,17 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from dsv4.training.tokenizer import BOS_ID, encode, replacing
-
-_FORMAT = b"dsv4 tokens 1: bos before each document, uint16"
+from dsv4.training.errors import DataError
+from dsv4.training.tokenizer import BOS_ID, encode
 
 
 def text_files(paths: Sequence[str | Path]) -> list[str]:
     """One document for each UTF-8 text file, in the order given, with line ends as `\\n`.
 
-    Raises FileNotFoundError for a missing file, ValueError for no files, an empty one or one not in UTF-8.
+    Raises FileNotFoundError for a missing file, DataError for no files, an empty one or one not in UTF-8.
     """
     if not paths:
-        raise ValueError("no text files given; name at least one")
+        raise DataError("no text files given; name at least one")
     documents = []
     for path in map(Path, paths):
         if not path.is_file():
@@ -33,9 +30,9 @@ def text_files(paths: Sequence[str | Path]) -> list[str]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
+            raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
         if not text:
-            raise ValueError(f"{path} is empty; leave it out")
+            raise DataError(f"{path} is empty; leave it out")
         documents.append(text)
     return documents
 
@@ -48,31 +45,12 @@ def tokenise(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate(pieces or [np.zeros(0, np.uint16)])
 
 
-def cached_tokens(documents: Sequence[str], tokenizer: Tokenizer, folder: str | Path) -> np.ndarray:
-    """`tokenise(documents, tokenizer)`, made once and then memory-mapped read-only from `folder`: uint16 [n].
-
-    The file's name is a hash of the documents and the tokenizer, so a change of either makes a new file; a
-    process that is interrupted leaves none.
-    """
-    digest = hashlib.sha256(_FORMAT)
-    for part in (tokenizer.to_str(), *documents):
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    path = Path(folder) / f"tokens-{digest.hexdigest()[:20]}.npy"
-    if not path.exists():
-        print(f"tokenising {len(documents)} documents into {path}", file=sys.stderr)
-        tokens = tokenise(documents, tokenizer)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, tokens)
-    return np.load(path, mmap_mode="r")
-
-
 @dataclass(frozen=True, eq=False)
 class Batches:
     """Training batches at random offsets of a token stream; batch `step` depends on `seed` and `step` alone.
 
     `tokens` integer [n], n > `length`. There is no state: training resumed at any step sees what it would
-    have seen unbroken. Raises ValueError for sizes that cannot work.
+    have seen unbroken. Raises DataError for sizes that cannot work.
     """
 
     tokens: np.ndarray
@@ -82,20 +60,20 @@ class Batches:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.length < 1 or self.seed < 0:
-            raise ValueError(
+            raise DataError(
                 f"need batch >= 1, length >= 1 and seed >= 0, got batch={self.batch}, length={self.length}, "
                 f"seed={self.seed}"
             )
         if self.tokens.ndim != 1 or len(self.tokens) <= self.length:
-            raise ValueError(
+            raise DataError(
                 f"tokens of shape {self.tokens.shape} hold no sequence of {self.length} + 1 ids; "
-                "use a shorter length or more text"
+                "use a shorter train.length or more text"
             )
 
     def offsets_at(self, step: int) -> np.ndarray:
         """Where the sequences of batch `step` start, int64 [batch], each in 0..n-length-1."""
         if step < 0:
-            raise ValueError(f"step {step} is negative; steps count from 0")
+            raise DataError(f"step {step} is negative; steps count from 0")
         # The raw stream of a counter-based generator: NumPy keeps it the same in every version, unlike that
         # of `integers`. The remainder favours no offset by more than one part in 2^64 / n.
         raw = np.random.Philox(key=np.array([self.seed, step], np.uint64)).random_raw(self.batch)
@@ -126,10 +104,10 @@ class EvalWindows:
     def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(tokens [size, length + 1], scored [size, length]) in order, the last filled with unscored rows.
 
-        Raises ValueError for a size below 1.
+        Raises DataError for a size below 1.
         """
         if size < 1:
-            raise ValueError(f"cannot make batches of {size} windows; need at least 1")
+            raise DataError(f"cannot make batches of {size} windows; need at least 1")
         for first in range(0, len(self), size):
             tokens, scored = self.tokens[first : first + size], self.scored[first : first + size]
             missing = size - len(tokens)
@@ -145,13 +123,13 @@ def eval_windows(tokens: np.ndarray, length: int, stride: int, token_bytes: np.n
     So every window but the first scores at most `stride` targets, each with `length - stride + 1` ids or more
     to its left. The last window ends with the stream; a stream shorter than one is padded with `BOS_ID`.
     `token_bytes` [size] is as from `tokenizer.token_bytes`. In a stream that starts with `BOS_ID` all text is
-    scored, so `bits_per_byte(summed nats, windows.text_bytes.sum())` is exact. Raises ValueError for a stride
+    scored, so `bits_per_byte(summed nats, windows.text_bytes.sum())` is exact. Raises DataError for a stride
     outside 1..length and for fewer than two ids.
     """
     if not 1 <= stride <= length:
-        raise ValueError(f"need 1 <= stride <= length, got stride={stride}, length={length}")
+        raise DataError(f"need 1 <= stride <= length, got stride={stride}, length={length}")
     if tokens.ndim != 1 or len(tokens) < 2:
-        raise ValueError(f"tokens of shape {tokens.shape} hold nothing to predict; need at least two ids")
+        raise DataError(f"tokens of shape {tokens.shape} hold nothing to predict; need at least two ids")
     last = max(0, len(tokens) - 1 - length)
     starts = np.append(np.arange(0, last, stride), last)
     stream = np.asarray(tokens, np.int32)
@@ -168,5 +146,5 @@ def eval_windows(tokens: np.ndarray, length: int, stride: int, token_bytes: np.n
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """Bits per byte of text from the summed negative log likelihood in nats of all its scored targets."""
     if text_bytes <= 0:
-        raise ValueError(f"bits per byte of {text_bytes} bytes is undefined; score at least one id of text")
+        raise DataError(f"bits per byte of {text_bytes} bytes is undefined; score at least one id of text")
     return float(nats) / (math.log(2) * int(text_bytes))

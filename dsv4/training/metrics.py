@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Metrics:
-    """Appends rows to `<folder>/metrics.jsonl`; a resumed run first drops rows at or behind its first step."""
+    """Appends rows to `<folder>/metrics.jsonl`; a run resumed after `done` steps first drops later rows."""
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, done: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] < first_step]
+        kept = [row for row in read_metrics(self.path) if row["step"] <= done]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.replace(self.path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dsv4 import checkpoint
-from dsv4.config import ConfigError, Execution, NamedConfig
+from dsv4.config import ConfigError, Execution, ModelConfig, NamedConfig
 from dsv4.evaluate.held_out import held_out_bits
 from dsv4.model.handle import Model
 from dsv4.parameters import FLOAT32_CLASSES
@@ -27,7 +27,8 @@ from dsv4.training.metrics import Metrics
 from dsv4.training.prepare import Tokens, prepare
 from dsv4.training.step import TrainState, init_state, make_step, model_of
 from dsv4.training.store import StateStore
-from dsv4.training.tree import flatten, named_specs, unflatten
+from dsv4.training.tokenizer import BOS_ID, EOS_ID, LARGEST, SMALLEST
+from dsv4.training.tree import named_specs, unflatten
 
 Report = Callable[[dict[str, Any]], None]
 LOG_EVERY = 10  # steps between two rows of metrics
@@ -35,7 +36,7 @@ LOG_EVERY = 10  # steps between two rows of metrics
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run left: its model, held-out bits per byte, and where it was exported."""
+    """What a finished run left: the model as stored in `directory`, and the held-out bits per byte of that model."""
 
     model: Model
     bits_per_byte: float
@@ -48,25 +49,32 @@ def train(
     out: Path,
     *,
     data: Path | None = None,
-    texts: list[Path] | None = None,
+    texts: Sequence[Path] | None = None,
     execution: Execution | None = None,
     resume: bool = False,
     report: Report | None = None,
 ) -> TrainResult:
     """Trains `named` in `out`: metrics.jsonl, config.json, state/ (to resume), model/ (the result).
 
-    data: a folder of `dsv4.training.prepare` (default: out/data, made if absent). execution: how to run (default:
-    bfloat16 on a GPU, float32 on a CPU). report: called with each row of metrics. Raises ConfigError where `out`
-    holds a run already and `resume` is not set, or a run of another config.
+    data: a folder of `dsv4.training.prepare` (default: out/data), made if absent from `texts` (default: the corpus).
+    execution: how to run (default: bfloat16 on a GPU, float32 on a CPU). report: called with each row of metrics.
+    resume: go on from the last saved step, from the start where there is none. The last bits per byte are those of the
+    stored weights, which are rounded to the dtype of the release; earlier ones are of the float32 weights.
+
+    Raises ConfigError where `out` holds a run already and `resume` is not set, or a run of another config, and for a
+    vocabulary that has no tokenizer; DataError where the text will not do; FloatingPointError where the loss is not
+    finite. Nothing is read or written before the config is known to work.
     """
     settings = named.train
     execution = execution or default_execution()
+    _check_vocabulary(named.model)
+    _check_run(named, out, resume)
     tokens = prepare(data or out / "data", named.model.vocab_size, texts)
-    store = StateStore(out / "state")
-    state, first = _start(named, out, store, resume)
-    step_fn = make_step(named.model, settings, execution)
     batches = Batches(tokens.train, settings.batch, settings.length, settings.seed)
-    windows = eval_windows(tokens.held_out, settings.length, settings.length // 2, tokens.token_bytes)
+    windows = eval_windows(tokens.held_out, settings.length, max(1, settings.length // 2), tokens.token_bytes)
+    store = StateStore(out / "state")
+    state, first = _start(named, out, store)
+    step_fn = make_step(named.model, settings, execution)
     recorder = Recorder(Metrics(out, first), first, settings.batch * settings.length, report)
     bits = None
     for step in range(first, settings.steps):
@@ -74,14 +82,15 @@ def train(
         done = step + 1
         last = done == settings.steps
         if done % settings.eval_every == 0 or last:
-            evaluate = functools.partial(held_out_bits, model_of(state, named.model, execution), windows)
+            model = (stored_model if last else model_of)(state, named.model, execution)
+            evaluate = functools.partial(held_out_bits, model, windows)
             bits = recorder.record(done, parts, evaluate)
-        elif done % LOG_EVERY == 0 or step == first:
+        elif done % LOG_EVERY == 0 or step == 0:
             recorder.record(done, parts)
         if done % settings.save_every == 0 or last:
             store.save(done, state)
     if bits is None:  # a finished run, resumed
-        bits = held_out_bits(model_of(state, named.model, execution), windows)
+        bits = held_out_bits(stored_model(state, named.model, execution), windows)
     return _finish(named, state, tokens, bits, recorder.seconds(), out)
 
 
@@ -122,20 +131,52 @@ def default_execution() -> Execution:
     return Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16", precision="default")
 
 
-def _start(named: NamedConfig, out: Path, store: StateStore, resume: bool) -> tuple[TrainState, int]:
-    """The state to begin from, and its step; writes the config beside the run."""
-    record = json.loads(json.dumps({"model": asdict(named.model), "train": asdict(named.train)}))
+def stored_model(state: TrainState, config: ModelConfig, execution: Execution) -> Model:
+    """The model a state holds, cast from the float32 masters to what the config's release stores."""
+    specs, keep = named_specs(config), FLOAT32_CLASSES | {"hash"}
+    flat = {
+        name: leaf if specs[name].kind in keep else leaf.astype(config.storage.dtype)
+        for name, leaf in {**state.trainable, **state.buffers}.items()
+    }
+    return Model(config, unflatten(config, flat), execution)
+
+
+def _check_vocabulary(config: ModelConfig) -> None:
+    if not SMALLEST <= config.vocab_size <= LARGEST:
+        raise ConfigError(
+            f"model.vocab_size is {config.vocab_size}: the tokenizer it is trained with has between {SMALLEST} "
+            f"(2 special ids, 256 bytes) and {LARGEST} ids; set e.g. model.vocab_size=2048"
+        )
+    if (config.bos_id, config.eos_id) != (BOS_ID, EOS_ID):
+        raise ConfigError(
+            f"model.bos_id and model.eos_id are {config.bos_id} and {config.eos_id}: "
+            f"the tokenizer it is trained with has {BOS_ID} and {EOS_ID}; set them to these"
+        )
+
+
+def _check_run(named: NamedConfig, out: Path, resume: bool) -> None:
+    """Raises ConfigError where `out` holds a run that may not be touched."""
     path = out / "config.json"
-    if path.exists():
-        if not resume:
-            raise ConfigError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
-        if json.loads(path.read_text()) != record:
-            raise ConfigError(f"{path} is of another config: resume with the same CONFIG and --set, or another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.replace(path)
+    if not path.exists():
+        return
+    if not resume:
+        raise ConfigError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
+    if json.loads(path.read_text()) != _record(named):
+        raise ConfigError(f"{path} is of another config: resume with the same CONFIG and --set, or another --out")
+
+
+def _record(named: NamedConfig) -> dict[str, Any]:
+    """What config.json says of a run."""
+    return json.loads(json.dumps({"model": asdict(named.model), "train": asdict(named.train)}))
+
+
+def _start(named: NamedConfig, out: Path, store: StateStore) -> tuple[TrainState, int]:
+    """The state to begin from, and how many steps it has seen; writes the config beside the run."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "config.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_record(named), indent=2) + "\n")
+    partial.replace(path)
     if (latest := store.latest()) is None:
         return init_state(named.model, named.train), 0
     abstract = jax.eval_shape(lambda: init_state(named.model, named.train))
@@ -146,24 +187,11 @@ def _finish(
     named: NamedConfig, state: TrainState, tokens: Tokens, bits: float, seconds: float, out: Path
 ) -> TrainResult:
     """Saves the result: in the released layout where it can express the model, else as an orbax checkpoint."""
-    trained = model_of(state, named.model, Execution())
-    model = _stored(trained.replace(tokenizer_path=str(tokens.tokenizer_path)))
+    model = stored_model(state, named.model, Execution()).replace(tokenizer_path=str(tokens.tokenizer_path))
     directory = out / "model"
-    if directory.exists():
-        return TrainResult(model, bits, seconds, directory)
-    try:
-        checkpoint.export(model, directory)
-    except ConfigError:
-        checkpoint.save(model, directory)
+    if not directory.exists():
+        try:
+            checkpoint.export(model, directory)
+        except ConfigError:
+            checkpoint.save(model, directory)
     return TrainResult(model, bits, seconds, directory)
-
-
-def _stored(model: Model) -> Model:
-    """Parameters cast from the float32 masters to what the config's release stores."""
-    specs, dtype = named_specs(model.config), model.config.storage.dtype
-    keep = FLOAT32_CLASSES | {"hash"}
-    flat = {
-        name: leaf if specs[name].kind in keep else leaf.astype(dtype)
-        for name, leaf in flatten(model.config, model.params).items()
-    }
-    return model.replace(params=unflatten(model.config, flat))

@@ -1,4 +1,4 @@
-"""Training checkpoints through orbax: the newest two, written in the background, complete or absent."""
+"""Training checkpoints through orbax: the newest two, each complete or absent."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dsv4.training.errors import DataError
+
 BOS, EOS = "<|begin|>", "<|end|>"
 BOS_ID, EOS_ID = 0, 1
 SMALLEST = 2 + 256
@@ -40,10 +42,9 @@ _PARAGRAPH = re.compile(r"(?<=\n\n)(?=\S)")
 def train_tokenizer(documents: Iterable[str], size: int) -> Tokenizer:
     """A tokenizer of exactly `size` ids learned from `documents`; the same input gives the same tokenizer.
 
-    Raises ValueError when `size` is not in 258..65536, or larger than what the text has merges for.
+    Raises DataError when `size` is not in 258..65536, or larger than what the text has merges for.
     """
-    if not SMALLEST <= size <= LARGEST:
-        raise ValueError(f"cannot make {size} ids; choose from {SMALLEST} (2 special, 256 bytes) to {LARGEST} (uint16)")
+    check_size(size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,8 +62,14 @@ def train_tokenizer(documents: Iterable[str], size: int) -> Tokenizer:
     tokenizer.train_from_iterator(documents, trainer)
     found = tokenizer.get_vocab_size()
     if found != size:
-        raise ValueError(f"the text has merges for {found} ids, not {size}; ask for at most {found} or add text")
+        raise DataError(f"the text has merges for {found} ids, not {size}; ask for at most {found} or add text")
     return _checked(tokenizer, "the trained tokenizer")
+
+
+def check_size(size: int) -> None:
+    """Raises DataError where no tokenizer of `size` ids can be made."""
+    if not SMALLEST <= size <= LARGEST:
+        raise DataError(f"cannot make {size} ids; choose from {SMALLEST} (2 special, 256 bytes) to {LARGEST} (uint16)")
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
@@ -72,11 +79,15 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer saved at `path`; FileNotFoundError or ValueError say what is wrong with the file."""
+    """The tokenizer saved at `path`; FileNotFoundError or DataError say what is wrong with the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}; make one: python -m dsv4.training.tokenizer --out {path}")
-    return _checked(Tokenizer.from_file(str(path)), str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing more specific
+        raise DataError(f"{path} is not a tokenizer: {error}; make one: python -m dsv4.training.tokenizer") from None
+    return _checked(tokenizer, str(path))
 
 
 def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
@@ -130,7 +141,7 @@ def _checked(tokenizer: Tokenizer, origin: str) -> Tokenizer:
     found = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     size = tokenizer.get_vocab_size()
     if found != (BOS_ID, EOS_ID) or not SMALLEST <= size <= LARGEST:
-        raise ValueError(
+        raise DataError(
             f"{origin}: {BOS} and {EOS} have ids {found} among {size}, expected {(BOS_ID, EOS_ID)} among "
             f"{SMALLEST}..{LARGEST}; train one with train_tokenizer"
         )

@@ -9,7 +9,8 @@ import warnings
 import pytest
 
 from dsv4.cli import compilation, output
-from dsv4.cli.app import COMMANDS, one_line
+from dsv4.cli.app import COMMANDS, UsageError, one_line
+from dsv4.config import ConfigError
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -46,8 +47,12 @@ def test_a_malformed_override_says_how_to_write_it(dsv4):
     assert "is not of the form FIELD=VALUE" in dsv4("info", "tiny", "--set", "model.width").err
 
 
+def test_help_tells_exit_codes_apart(dsv4):
+    assert "exit code" in (text := dsv4("--help").out) and "2 for what stands on the command line" in text
+
+
 def test_an_unknown_config_names_the_known_ones(fails):
-    message = fails("info", "flsh")
+    message = fails("info", "flsh", code=2)
     assert "no config 'flsh'" in message and "did you mean 'flash'?" in message and "tiny" in message
 
 
@@ -60,8 +65,8 @@ def test_an_unknown_config_names_the_known_ones(fails):
         ("width=3", "write model.width=3"),
     ],
 )
-def test_an_override_of_no_field_or_type_is_1(fails, override, message):
-    assert message in fails("info", "tiny", "--set", override)
+def test_an_override_of_no_field_or_value_is_2(fails, override, message):
+    assert message in fails("info", "tiny", "--set", override, code=2)
 
 
 def test_another_architecture_is_named(fails, edited):
@@ -82,10 +87,12 @@ def test_an_unwritable_json_is_1(fails, tmp_path, where):
     assert os.listdir(tmp_path) == []
 
 
-def test_debug_shows_the_traceback(dsv4, monkeypatch):
+def test_debug_shows_the_traceback(dsv4, monkeypatch, tmp_path):
     monkeypatch.setenv("DSV4_DEBUG", "1")
-    with pytest.raises(ValueError, match="no config"):
+    with pytest.raises(UsageError, match="no config"):
         dsv4("info", "nope")
+    with pytest.raises(ConfigError, match="does not exist"):
+        dsv4("info", tmp_path)
 
 
 def test_warnings_come_in_one_line(dsv4, edited):

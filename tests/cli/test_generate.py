@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 import dsv4 as library
-from dsv4.config import load_config
+from dsv4.cli.generate import cache_bytes
+from dsv4.config import Execution, load_config, replace
 from dsv4.cost import CacheFormat, bytes_per_token, compressor_state_bytes, count_parameters, window_bytes
-from dsv4.model.cache import MAX_STEP
+from dsv4.model.cache import MAX_STEP, init_cache
 
 PROMPT = "In the beginning"
 NEW = 9
@@ -45,6 +46,16 @@ def test_measured_cache_bytes_are_those_of_the_formula(dsv4, released, tmp_path)
     assert facts["parameters"]["active"] == count_parameters(config).active
 
 
+@pytest.mark.parametrize("layers", ["full,window", "full*2", "window,csa:4,hca:8"])
+def test_every_kind_of_layer_is_counted_as_by_the_formula(layers):
+    config = replace(load_config("tiny").model, "layers", layers)
+    growing, fixed = cache_bytes(config, init_cache(config, Execution(), 1, capacity=64))
+    form = CacheFormat("float32", "float32", "float32")
+    drafts = len(config.layers) * (MAX_STEP - 1) * config.attention.head_dim * 4
+    assert growing == bytes_per_token(config, form) > 0
+    assert fixed == window_bytes(config, form) + drafts + compressor_state_bytes(config)
+
+
 def test_a_prompt_may_come_from_a_file(dsv4, released, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROMPT)
     options = ("--checkpoint", released, "--max-new", NEW, "--seed", "3")
@@ -66,18 +77,20 @@ def test_ids_are_a_prompt_too_and_begin_is_put_once(model):
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "code", "message"),
     [
-        ([""], "the prompt is empty"),
-        (["x", "--max-new", "0"], "max_new is 0"),
-        (["x", "--temperature", "-1"], "temperature is -1.0"),
-        (["x", "--top-p", "2"], "top_p is 2.0"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        ([""], 1, "the prompt is empty"),
+        (["--prompt-file", "nowhere.txt"], 1, "nowhere.txt"),
+        (["x", "--max-new", "10000000"], 1, "10000000 new tokens do not fit"),
+        (["x", "--max-new", "0"], 2, "--max-new is 0"),
+        (["x", "--temperature", "-1"], 2, "temperature is -1.0"),
+        (["x", "--top-k", "-1"], 2, "top_k is -1"),
+        (["x", "--top-p", "2"], 2, "top_p is 2.0"),
     ],
 )
-def test_bad_requests_are_1(dsv4, released, argv, message):
+def test_bad_values_are_2_and_prompts_that_do_not_fit_1(dsv4, released, argv, code, message):
     result = dsv4("generate", *argv, "--checkpoint", released)
-    assert result.code == 1 and result.out == "" and message in result.err.splitlines()[-1]
+    assert result.code == code and result.out == "" and message in result.err.splitlines()[-1]
 
 
 def test_a_prompt_is_given_once(fails, tmp_path):

@@ -1,5 +1,7 @@
 """`dsv4 logits`: the recorded logits by every path, and inputs that cannot be run."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -23,12 +25,15 @@ MODES = [["full"], ["decode"], ["chunked", "--chunk", "64"]]
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode[0])
 def test_every_mode_gives_the_recorded_logits(dsv4, released, ids, recorded, tmp_path, mode):
-    path = tmp_path / "logits.npy"
-    result = dsv4("logits", released, "--input-ids", ids, "--output", path, "--mode", *mode)
+    path, facts = tmp_path / "logits.npy", tmp_path / "facts.json"
+    result = dsv4("logits", released, "--input-ids", ids, "--output", path, "--json", facts, "--mode", *mode)
     assert result.code == 0 and result.out == f"{path}: float32 [1, 150, 256]\n"
     found = np.load(path)
     assert found.dtype == np.float32 and found.shape == recorded["logits"].shape
     assert np.abs(found - recorded["logits"]).max() < TOLERANCE
+    written = json.loads(facts.read_text())
+    assert (written["output"], written["mode"], written["shape"]) == (str(path), mode[0], [1, 150, 256])
+    assert written["tokens_per_second"] * written["seconds"] == pytest.approx(150)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +72,10 @@ def test_an_unwritable_output_is_found_first(fails, released, ids, tmp_path, mon
         assert "cannot write" in fails("logits", released, "--input-ids", ids, "--output", output)
 
 
-def test_recipes_are_to_come(fails, released, ids, tmp_path):
+def test_options_out_of_range_are_2(fails, released, ids, tmp_path):
     command = ["logits", released, "--input-ids", ids, "--output", tmp_path / "x.npy"]
-    assert "recipes are not available yet" in fails(*command, "--recipe", "fp8")
-    assert "--chunk is 0" in fails(*command, "--mode", "chunked", "--chunk", "0")
+    assert "recipes are not available yet" in fails(*command, "--recipe", "fp8", code=2)
+    assert "--chunk is 0" in fails(*command, "--mode", "chunked", "--chunk", "0", code=2)
 
 
 def test_a_missing_checkpoint(fails, ids, tmp_path):

@@ -59,8 +59,16 @@ def test_a_longer_run_begins_with_the_shorter_one(model):
 def test_the_end_id_is_the_last_token(model):
     greedy = list(stream(model, PROMPT, max_new=NEW, stop_at_eos=False))
     eos = next(token for token in greedy[1:] if token != greedy[0])
-    ended = Generation(model, np.array([PROMPT], np.int32), NEW, Sampling(), seed=0, eos=eos)
+    ended = Generation(model, np.array([PROMPT], np.int32), NEW, Sampling(), seed=0, ends={eos})
     assert list(ended) == greedy[: greedy.index(eos) + 1]
+
+
+@pytest.mark.parametrize("name", ["eos_id", "bos_id"])
+def test_a_text_ends_with_the_end_id_or_where_the_next_would_begin(model, name):
+    greedy = list(stream(model, PROMPT, max_new=NEW, stop_at_eos=False))
+    end = next(token for token in greedy[1:] if token != greedy[0])
+    ending = model.replace(config=replace(model.config, **{name: end}))
+    assert list(stream(ending, PROMPT, max_new=NEW)) == greedy[: greedy.index(end) + 1]
 
 
 def test_the_cache_is_updated_in_place(model):

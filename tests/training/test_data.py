@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from dsv4.training import data
-from dsv4.training.data import Batches, bits_per_byte, cached_tokens, eval_windows, text_files, tokenise
+from dsv4.training.data import Batches, bits_per_byte, eval_windows, text_files, tokenise
+from dsv4.training.errors import DataError
 from dsv4.training.tokenizer import BOS_ID, decode, token_bytes, train_tokenizer
 
 DOCUMENTS = [
@@ -35,31 +35,6 @@ def test_each_document_starts_with_bos(tokenizer: Tokenizer, tokens: np.ndarray)
     assert tokenise([], tokenizer).shape == (0,)
 
 
-def test_the_cache_is_made_once_and_keyed_on_text_and_tokenizer(
-    tokenizer: Tokenizer, tokens: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    first = cached_tokens(DOCUMENTS, tokenizer, tmp_path / "cache")
-    assert first.dtype == np.uint16 and not first.flags.writeable
-    np.testing.assert_array_equal(first, tokens)
-    cached_tokens(DOCUMENTS[:2], tokenizer, tmp_path / "cache")
-    cached_tokens(["".join(DOCUMENTS)], tokenizer, tmp_path / "cache")
-    cached_tokens(DOCUMENTS, train_tokenizer(DOCUMENTS, 271), tmp_path / "cache")
-    files = sorted((tmp_path / "cache").iterdir())
-    assert len(files) == 4 and all(f.suffix == ".npy" for f in files)
-    monkeypatch.setattr(data, "tokenise", lambda *_: pytest.fail("tokenised again"))
-    np.testing.assert_array_equal(cached_tokens(DOCUMENTS, tokenizer, tmp_path / "cache"), tokens)
-
-
-def test_an_interrupted_cache_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(data.np, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cached_tokens(DOCUMENTS, tokenizer, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_text_files_read_or_say_why_not(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes("Zoë\r\nend".encode())
     (tmp_path / "b.txt").write_text("b")
@@ -68,11 +43,11 @@ def test_text_files_read_or_say_why_not(tmp_path: Path):
     assert text_files([tmp_path / "b.txt", str(tmp_path / "a.txt")]) == ["b", "Zoë\nend"]
     with pytest.raises(FileNotFoundError, match="no text file at .*absent"):
         text_files([tmp_path / "absent"])
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 at byte 2"):
+    with pytest.raises(DataError, match=r"latin.txt is not UTF-8 at byte 2"):
         text_files([tmp_path / "latin.txt"])
-    with pytest.raises(ValueError, match=r"empty.txt is empty"):
+    with pytest.raises(DataError, match=r"empty.txt is empty"):
         text_files([tmp_path / "empty.txt"])
-    with pytest.raises(ValueError, match="no text files given"):
+    with pytest.raises(DataError, match="no text files given"):
         text_files([])
 
 
@@ -101,11 +76,11 @@ def test_offsets_reach_both_ends_and_nothing_beyond():
 
 def test_batches_that_cannot_be_made_say_so():
     stream = np.zeros(10, np.uint16)
-    with pytest.raises(ValueError, match=r"shape \(10,\) hold no sequence of 10 \+ 1 ids"):
+    with pytest.raises(DataError, match=r"shape \(10,\) hold no sequence of 10 \+ 1 ids"):
         Batches(stream, 1, 10, 0)
-    with pytest.raises(ValueError, match="got batch=0, length=3, seed=-1"):
+    with pytest.raises(DataError, match="got batch=0, length=3, seed=-1"):
         Batches(stream, 0, 3, -1)
-    with pytest.raises(ValueError, match="step -1 is negative"):
+    with pytest.raises(DataError, match="step -1 is negative"):
         Batches(stream, 1, 3, 0).batch_at(-1)
 
 
@@ -134,7 +109,7 @@ def test_window_batches_hold_every_window_and_fill_the_last(tokenizer: Tokenizer
     np.testing.assert_array_equal(np.concatenate([first, second[:1]]), windows.tokens)
     assert first_scored.sum() + second_scored[0].sum() == windows.scored.sum()
     assert not second_scored[1:].any()
-    with pytest.raises(ValueError, match="batches of 0 windows"):
+    with pytest.raises(DataError, match="batches of 0 windows"):
         next(windows.batches(0))
 
 
@@ -146,9 +121,9 @@ def test_uniform_bytes_cost_eight_bits(tokenizer: Tokenizer):
 
 
 def test_windows_that_cannot_be_made_say_so():
-    with pytest.raises(ValueError, match="got stride=9, length=8"):
+    with pytest.raises(DataError, match="got stride=9, length=8"):
         eval_windows(np.zeros(20, np.uint16), 8, 9, np.zeros(1))
-    with pytest.raises(ValueError, match=r"shape \(1,\) hold nothing to predict"):
+    with pytest.raises(DataError, match=r"shape \(1,\) hold nothing to predict"):
         eval_windows(np.zeros(1, np.uint16), 8, 8, np.zeros(1))
-    with pytest.raises(ValueError, match="0 bytes is undefined"):
+    with pytest.raises(DataError, match="0 bytes is undefined"):
         bits_per_byte(1.0, 0)

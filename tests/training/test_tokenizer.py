@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from dsv4.training.errors import DataError
 from dsv4.training.tokenizer import (
     BOS,
     BOS_ID,
@@ -106,14 +107,17 @@ def test_a_saved_tokenizer_loads_the_same(tokenizer: Tokenizer, tmp_path: Path):
 
 
 def test_sizes_and_files_that_cannot_work_say_so(tmp_path: Path):
-    with pytest.raises(ValueError, match="cannot make 257 ids; choose from 258"):
+    with pytest.raises(DataError, match="cannot make 257 ids; choose from 258"):
         train_tokenizer([TEXT], 257)
-    with pytest.raises(ValueError, match=r"merges for \d+ ids, not 60000"):
+    with pytest.raises(DataError, match=r"merges for \d+ ids, not 60000"):
         train_tokenizer([TEXT], 60_000)
     with pytest.raises(FileNotFoundError, match="no tokenizer at .*absent.json; make one"):
         load_tokenizer(tmp_path / "absent.json")
     Tokenizer(models.BPE()).save(str(tmp_path / "other.json"))
-    with pytest.raises(ValueError, match=r"other.json: .* have ids \(None, None\) among 0"):
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no.json is not a tokenizer"):
+        load_tokenizer(tmp_path / "no.json")
+    with pytest.raises(DataError, match=r"other.json: .* have ids \(None, None\) among 0"):
         load_tokenizer(tmp_path / "other.json")
 
 

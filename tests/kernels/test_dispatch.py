@@ -1,0 +1,68 @@
+"""Which implementation runs: a named one or an error, "auto" the first that can, saying once why others could not."""
+
+import logging
+
+import pytest
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Candidate, Op, UnsupportedError, reference
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """Two picky candidates and a reference; each says who ran."""
+    monkeypatch.setattr(dispatch, "OPS", {})
+
+    def candidate(name, refuses_above):
+        return Candidate(
+            name, lambda x: (name, x), lambda x: f"{x} is above {refuses_above}" if x > refuses_above else None
+        )
+
+    return Op("probe", [candidate("fast", 10), candidate("faster", 100), reference(lambda x: ("reference", x))])
+
+
+def test_auto_takes_the_first_that_can(op):
+    assert [op(x)[0] for x in (1, 50, 500)] == ["fast", "faster", "reference"]
+
+
+def test_a_named_implementation_runs_or_raises(op):
+    assert op(50, implementation="faster") == ("faster", 50)
+    assert op(1, implementation="reference") == ("reference", 1)
+    with pytest.raises(UnsupportedError, match="probe cannot run: fast: 50 is above 10"):
+        op(50, implementation="fast")
+
+
+def test_an_unknown_name_lists_the_known_ones(op):
+    with pytest.raises(UnsupportedError, match="probe has no implementation 'sm90': auto, fast, faster, reference"):
+        op(1, implementation="sm90")
+
+
+def test_a_fallback_is_said_once_for_each_reason(op, caplog):
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+        for x in (500, 500, 1, 50, 50):
+            op(x)
+    assert caplog.messages == [
+        "probe falls back: fast: 500 is above 10",
+        "probe falls back: faster: 500 is above 100",
+        "probe falls back: fast: 50 is above 10",
+    ]
+
+
+def test_a_choice_for_some_ops_leaves_the_others_to_auto(op):
+    other = Op("other", [reference(lambda x: ("reference", x))])
+    choice = "probe=faster,other=reference"
+    assert (op(1, implementation=choice)[0], other(1, implementation=choice)[0]) == ("faster", "reference")
+    assert op(1, implementation="other=reference")[0] == "fast"
+    with pytest.raises(UnsupportedError, match="no op called prob: there are other, probe"):
+        op(1, implementation="prob=fast")
+
+
+def test_every_op_ends_with_a_reference_that_never_refuses():
+    """What makes "auto" total, and every kernel testable against something."""
+    import dsv4.model.transformer  # noqa: F401  registers every op the model uses
+
+    assert len(dispatch.OPS) >= 10
+    for op in dispatch.OPS.values():
+        assert op.candidates[-1].name == "reference"
+        assert op.candidates[-1].unsupported_reason() is None
+        assert len({c.name for c in op.candidates}) == len(op.candidates)

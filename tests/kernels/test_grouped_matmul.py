@@ -1,0 +1,97 @@
+"""Expert matmuls: rows of each expert, however unevenly they fall, plain or quantised weights, both code paths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul import expert_down, expert_gate_up, grouped_matmul
+from pallas_kernels.quant import FP8_BLOCK, MXFP4, QuantTensor
+from pallas_kernels.quant import dequantize as eager_dequantize
+from pallas_kernels.router import Routing
+
+EXPERTS, OUT, IN = 6, 5, 32
+multiply = jax.jit(grouped_matmul)
+dequantize = jax.jit(eager_dequantize)
+gate_up = functools.partial(jax.jit, static_argnames="limit")(expert_gate_up)
+down = jax.jit(expert_down)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def definition(x, w, counts):
+    expert = np.repeat(np.arange(len(counts)), counts)
+    return np.stack([row.astype(np.float64) @ w[e].T.astype(np.float64) for row, e in zip(x, expert, strict=True)])
+
+
+@pytest.mark.parametrize("rows", [1, EXPERTS, EXPERTS + 1], ids=lambda rows: f"{rows} rows")
+def test_uneven_experts(rows):
+    """All rows to one expert, the first, the last, or none to most; up to E rows the weights are gathered instead."""
+    x, w = normal(0, rows, IN), normal(1, EXPERTS, OUT, IN)
+    for split in ([0] * 6, [5] * 6, [2, 2, 4, 4, 4, 5], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 5]):
+        counts = np.bincount(np.resize(np.sort(split), rows), minlength=EXPERTS).astype(np.int32)
+        np.testing.assert_allclose(multiply(x, w, counts), definition(x, w, counts), rtol=1e-4, atol=1e-4)
+
+
+def quantised(kind):
+    """Random codes of one format, through the device as a checkpoint would bring them."""
+    rng = np.random.default_rng(2)
+    scales = rng.integers(125, 130, (EXPERTS, OUT if kind is MXFP4 else 1, 1), np.uint8).view(ml_dtypes.float8_e8m0fnu)
+    if kind is MXFP4:
+        codes = rng.integers(0, 256, (EXPERTS, OUT, IN // 2), np.uint8)
+    else:
+        codes = normal(3, EXPERTS, OUT, IN).astype(ml_dtypes.float8_e4m3fn)
+    return QuantTensor(jax.device_put(codes), jax.device_put(scales), kind)
+
+
+@pytest.mark.parametrize("kind", [FP8_BLOCK, MXFP4], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [4, 20], ids=["few rows", "many rows"])
+def test_quantised_weights_are_the_dequantised_ones(kind, rows):
+    """Each path takes the codes AND the scales of the right expert."""
+    x, w = normal(0, rows, IN), quantised(kind)
+    counts = np.bincount([1, 1, 4, *[5] * (rows - 3)], minlength=EXPERTS).astype(np.int32)
+    want = definition(x, np.asarray(dequantize(w)), counts)
+    np.testing.assert_allclose(multiply(x, w, counts), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [4, 20], ids=["few rows", "many rows"])
+def test_a_poisoned_row_stays_alone(rows):
+    """NaN, as a token id out of range gives it, must not reach a batch mate, whether it has the same expert or not."""
+    w, counts = normal(1, EXPERTS, OUT, IN), np.array([1, 2, 0, 0, 0, rows - 3], np.int32)
+    clean = normal(0, rows, IN)
+    poisoned = np.where(np.arange(rows)[:, None] == 1, np.float32(np.nan), clean)
+    got, others = np.asarray(multiply(poisoned, w, counts)), np.arange(rows) != 1
+    assert np.isnan(got[1]).all()
+    np.testing.assert_array_equal(got[others], np.asarray(multiply(clean, w, counts))[others])
+
+
+def routing_of(tokens, k):
+    rng = np.random.default_rng(4)
+    experts = np.stack([rng.permutation(EXPERTS)[:k] for _ in range(tokens)]).astype(np.int32)
+    flat = experts.reshape(-1)
+    order = np.argsort(flat, kind="stable").astype(np.int32)
+    scores = np.zeros((tokens, EXPERTS), np.float32)
+    counts = np.bincount(flat, minlength=EXPERTS).astype(np.int32)
+    return Routing(*map(jnp.asarray, (experts, np.abs(normal(5, tokens, k)), scores, counts, order)))
+
+
+@pytest.mark.parametrize(("tokens", "limit"), [(1, 0.8), (12, 0.8), (12, 0.0)])
+def test_an_expert_layer(tokens, limit):
+    """Token by token: sum over its experts of W2 (weight * silu(min(gate, limit)) * clip(up)); limit 0: no clamp."""
+    k, hidden = 3, 7
+    x, routing = normal(0, tokens, IN), routing_of(tokens, k)
+    w1, w3, w2 = normal(1, EXPERTS, hidden, IN), normal(2, EXPERTS, hidden, IN), normal(3, EXPERTS, IN, hidden)
+    want = np.zeros((tokens, IN))
+    for token, slot in np.ndindex(tokens, k):
+        e, weight = int(routing.experts[token, slot]), float(routing.weights[token, slot])
+        gate, up = w1[e] @ x[token], w3[e] @ x[token]
+        if limit:
+            gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        want[token] += w2[e] @ (weight * gate / (1 + np.exp(-gate)) * up)
+    got = down(gate_up(x, w1, w3, routing, limit=limit), w2, routing)
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)

@@ -1,6 +1,7 @@
 """Every feature at the smallest size: what the tests run.
 
 dsv4 info tiny
+dsv4 train tiny --out runs/tiny
 """
 
 from dsv4.config import (

@@ -17,10 +17,9 @@ FORBIDDEN = {
     "dsv4.config": {*HEAVY, *TOOLS, "dsv4.model", "dsv4.training.step", "dsv4.cli"},
     "dsv4.parameters": {*HEAVY, *TOOLS},
     "dsv4.cost": {*HEAVY, *TOOLS, "pallas_kernels"},
-    "dsv4.model": {*TOOLS, "dsv4.decoding", "dsv4.training", "dsv4.checkpoint", "dsv4.evaluate", "dsv4.cli"},
+    "dsv4.model": {*TOOLS, "dsv4.decoding", "dsv4.training", "dsv4.checkpoint", "dsv4.cli"},
     "dsv4.decoding": {*TOOLS, "dsv4.training.run", "dsv4.training.step", "dsv4.checkpoint", "dsv4.cli"},
     "dsv4.checkpoint": {*TOOLS, "dsv4.model", "dsv4.decoding", "dsv4.training", "dsv4.cli"},
-    "dsv4.evaluate": {*TOOLS, "dsv4.training.run", "dsv4.training.step", "dsv4.cli"},
     "dsv4.training": {*TOOLS, "dsv4.cli"},
 }
 

@@ -26,11 +26,10 @@ def named_config(source: str, overrides: Sequence[str] = ()) -> NamedConfig:
     for text in overrides:
         if text.partition("=")[0].partition(".")[0].strip() not in ("model", "train"):
             raise UsageError(f"--set {text}: write model.{text}, or train. for how it is trained")
-        try:
-            named = apply_overrides(named, [text])
-        except ConfigError as error:
-            raise UsageError(f"--set {text}: {error}") from error
-    return named
+    try:
+        return apply_overrides(named, overrides)
+    except ConfigError as error:
+        raise UsageError(f"--set: {error}") from error
 
 
 def checkpoint_config(source: str) -> ModelConfig:

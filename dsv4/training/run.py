@@ -19,10 +19,10 @@ import numpy as np
 
 from dsv4 import checkpoint
 from dsv4.config import ConfigError, Execution, ModelConfig, NamedConfig
-from dsv4.evaluate.held_out import held_out_bits
 from dsv4.model.handle import Model
 from dsv4.parameters import FLOAT32_CLASSES
 from dsv4.training.data import Batches, eval_windows
+from dsv4.training.held_out import held_out_bits
 from dsv4.training.metrics import Metrics
 from dsv4.training.prepare import Tokens, prepare
 from dsv4.training.step import TrainState, init_state, make_step, model_of
@@ -178,7 +178,8 @@ def _start(named: NamedConfig, out: Path, store: StateStore) -> tuple[TrainState
     partial.write_text(json.dumps(_record(named), indent=2) + "\n")
     partial.replace(path)
     if (latest := store.latest()) is None:
-        return init_state(named.model, named.train), 0
+        # On a named device, as a loaded state is: a resumed run then finds the programs of the first one.
+        return jax.device_put(init_state(named.model, named.train), jax.devices()[0]), 0
     abstract = jax.eval_shape(lambda: init_state(named.model, named.train))
     return store.load(latest, abstract), latest
 

@@ -1,8 +1,8 @@
-"""The matmuls of the routed experts: the two halves of an expert layer, and the bare product."""
+"""The two halves of an expert layer. Between them a kernel may keep its rows in low precision."""
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Op
 from pallas_kernels.dispatch import reference as reference_candidate
@@ -11,24 +11,8 @@ from pallas_kernels.quant import QuantTensor
 from pallas_kernels.router import Routing
 from pallas_kernels.typing import typed
 
-GROUPED_MATMUL = Op("grouped_matmul", [reference_candidate(reference.grouped_matmul)])
 GATE_UP = Op("expert_gate_up", [reference_candidate(reference.expert_gate_up)])
 DOWN = Op("expert_down", [reference_candidate(reference.expert_down)])
-
-
-@typed
-def grouped_matmul(
-    x: Float[Array, "N I"],
-    w: Float[Array, "E O I"] | QuantTensor,
-    counts: Int[Array, " E"],
-    *,
-    implementation: str = "auto",
-) -> Float[Array, "N O"]:
-    """Row r of x times the transposed weight of its expert, accumulated in float32, in x's dtype.
-
-    Rows are sorted by expert; `counts` (summing to N) says how many each expert has, zeros included.
-    """
-    return GROUPED_MATMUL(x, w, counts, implementation=implementation)
 
 
 @typed

@@ -16,6 +16,10 @@ _RAGGED = jax.lax.RaggedDotDimensionNumbers(
 
 
 def grouped_matmul(x: jax.Array, w: jax.Array | QuantTensor, counts: jax.Array) -> jax.Array:
+    """Row r of x [N, I] times the transposed weight [E, O, I] of its expert, in x's dtype.
+
+    Rows are sorted by expert; `counts` (summing to N) says how many each has, zeros included.
+    """
     rows, experts = x.shape[0], counts.shape[0]
     if rows <= experts:
         # Decode: touch the weights that were hit and no others.

@@ -18,7 +18,7 @@ def test_doctor_lists_versions_devices_and_ops(dsv4, tmp_path):
     assert result.code == 0 and result.err == ""
     facts = json.loads(path.read_text())
     assert facts["versions"]["jax"] == jax.__version__ and facts["devices"][0]["platform"] == "cpu"
-    assert {"block_matmul", "grouped_matmul", "router", "index_scores", "top_k"} <= facts["ops"].keys()
+    assert {"block_matmul", "expert_gate_up", "expert_down", "router", "index_scores", "top_k"} <= facts["ops"].keys()
     for name, op in facts["ops"].items():
         assert name in result.out and op["prefill"] + op["decode"], f"{name} is used by no phase"
 

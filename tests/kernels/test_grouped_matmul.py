@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import expert_down, expert_gate_up, grouped_matmul
+from pallas_kernels.grouped_matmul import expert_down, expert_gate_up
+from pallas_kernels.grouped_matmul.reference import grouped_matmul
 from pallas_kernels.quant import FP8_BLOCK, MXFP4, QuantTensor
 from pallas_kernels.quant import dequantize as eager_dequantize
 from pallas_kernels.router import Routing

@@ -17,8 +17,8 @@ from dsv4.model.handle import Model
 from dsv4.parameters import Spec, leaves, model_specs
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "ckpt"
-# Compiling is what these tests spend their time on: the code need not be fast. Not for comparisons bit by bit.
-QUICK = {"xla_backend_optimization_level": "0"}
+# Compiling is what these tests spend their time on: the code need not be fast.
+QUICK = {"xla_backend_optimization_level": "1"}
 
 forward = jax.jit(lambda model, ids: forward_body(model, ids, False)[0], compiler_options=QUICK)
 extend = jax.jit(extend_body, compiler_options=QUICK)

@@ -12,10 +12,10 @@ import pytest
 import dsv4
 from dsv4.checkpoint import is_orbax
 from dsv4.config import ConfigError, NamedConfig, apply_overrides, load_config
-from dsv4.evaluate.held_out import held_out_bits
 from dsv4.training import run
 from dsv4.training.data import eval_windows
 from dsv4.training.errors import DataError
+from dsv4.training.held_out import held_out_bits
 from dsv4.training.metrics import Metrics, read_metrics
 from dsv4.training.prepare import prepare
 from dsv4.training.run import default_execution, stored_model, train
@@ -29,6 +29,7 @@ TINY = apply_overrides(
         "model.layers=csa:4",
         "train.steps=12",
         "train.length=32",
+        "train.optimizer=adamw",
         "train.eval_every=6",
         "train.save_every=6",
         "train.warmup_steps=2",
@@ -184,15 +185,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
 def test_the_dense_control_trains_and_is_kept_as_orbax(data, tmp_path):
     overrides = [
         "model.layers=full*2",
+        "model.residual.kind=plain",
+        "model.residual.streams=1",
         "model.attention.sink=false",
         "model.moe.hash_layers=0",
         "model.moe.experts=0",
         "model.mtp_blocks=0",
         "train.mtp_weight=0",
-        "train.dense_steps=0",
+        "train.optimizer=muon",
     ]
-    # One --set at a time cannot pass from hyper to plain: plain means one stream.
-    plain = apply_overrides(TINY, ["model.residual.streams=1", "model.residual.kind=plain", *overrides])
+
+    plain = apply_overrides(TINY, overrides)
     result = train(plain, tmp_path, data=data)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[-1]["loss"] < rows[0]["loss"]

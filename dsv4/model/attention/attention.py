@@ -142,7 +142,8 @@ class Attention(nnx.Module):
             index = window_index(position, width, slots)
             return *sparse_attention(q, ring, index, *picked, **how), ring
         history = read_ring(cache.window, start - (width - 1), width - 1).astype(kv.dtype)
-        stored = kv.astype(ring.dtype).astype(kv.dtype)  # attend to what the cache keeps, whatever the chunking
+        real = jnp.arange(tokens)[None, :, None] < count[:, None, None]  # what pads a chunk may be NaN
+        stored = jnp.where(real, kv, 0).astype(ring.dtype).astype(kv.dtype)  # what the cache keeps, however chunked
         band = jnp.concatenate([history, stored], axis=1)
         return *sparse_attention_prefill(q, band, start, *picked, width=width, **how), ring
 

@@ -11,17 +11,27 @@ import pytest
 
 import dsv4
 from dsv4.config import ModelConfig, load_config
-from dsv4.decoding.run import extend_body, forward_body
+from dsv4.decoding.run import _last_body, extend_body, forward_body
 from dsv4.model.cache import Cache, init_cache
 from dsv4.model.handle import Model
 from dsv4.parameters import Spec, leaves, model_specs
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "ckpt"
-# Compiling is what these tests spend their time on: the code need not be fast.
-QUICK = {"xla_backend_optimization_level": "1"}
 
-forward = jax.jit(lambda model, ids: forward_body(model, ids, False)[0], compiler_options=QUICK)
-extend = jax.jit(extend_body, compiler_options=QUICK)
+
+def quickly(body):
+    """`body`, jitted for little work: compiling it is what the fast tests spend their time on; the slow ones run."""
+    by_level = {level: jax.jit(body, compiler_options={"xla_backend_optimization_level": level}) for level in "01"}
+
+    def run(model, *args):
+        return by_level["0" if len(model.config.layers) <= 4 else "1"](model, *args)
+
+    return run
+
+
+forward = quickly(lambda model, ids: forward_body(model, ids, False)[0])
+extend = quickly(extend_body)
+last_logits = quickly(_last_body)
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +42,16 @@ def ways():
 
 @functools.cache
 def model_of(name: str) -> Model:
-    """`tiny` with random parameters, `small` as shipped, or a recorded checkpoint."""
-    if name == "tiny":
-        return random_model(load_config("tiny").model)
-    return dsv4.load("small" if name == "small" else ORACLE / name)
+    """`tiny` with random parameters, `small` as shipped or its first layers, one a kind, or a recorded checkpoint."""
+    match name:
+        case "tiny":
+            return random_model(load_config("tiny").model)
+        case "small":
+            return dsv4.load("small")
+        case "small's kinds":
+            return dsv4.load("small", layers=range(3))
+        case _:
+            return dsv4.load(ORACLE / name)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Model:

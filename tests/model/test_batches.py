@@ -1,7 +1,6 @@
 """Rows of a batch are strangers: nothing of one reaches another, and what is padding, overflow or a draft stays out."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -129,15 +128,16 @@ def test_an_id_out_of_range_poisons_its_own_row_only(ways, model, ids, wrong):
     wrong = model.config.vocab_size if wrong == "vocabulary" else wrong
     _, cache = prompt(ways, model, ids, LENGTHS)
     tokens = np.array([ids[b, length : length + STEP] for b, length in enumerate(LENGTHS)])
-    clean, _ = ways.extend(model, tokens, jnp.full(BATCH, STEP), cache)
+    every = np.full(BATCH, STEP, np.int32)
+    clean, _ = ways.extend(model, tokens, every, cache)
     bad = tokens.copy()
     bad[1, 2] = wrong
-    logits, after = ways.extend(model, bad, jnp.full(BATCH, STEP), cache)
+    logits, after = ways.extend(model, bad, every, cache)
     logits, clean = np.asarray(logits), np.asarray(clean)
     assert np.isnan(logits[1, 2:]).all()
     np.testing.assert_array_equal(logits[1, :2], clean[1, :2])
     np.testing.assert_array_equal(logits[[0, 2, 3]], clean[[0, 2, 3]])
-    logits, _ = ways.extend(model, tokens, jnp.full(BATCH, STEP), after)
+    logits, _ = ways.extend(model, tokens, every, after)
     assert np.isnan(logits[1]).all() and np.isfinite(np.asarray(logits)[[0, 2, 3]]).all()
 
 
@@ -187,29 +187,3 @@ def test_drafts_are_rejected_across_a_block_that_they_closed(ways, model, ids, f
     for step in range(6):
         logits, back = ways.feed(model, ids, at + step, [1] * BATCH, STEP, back)
         np.testing.assert_allclose(logits[:, 0], full[range(BATCH), at + step], atol=2e-4)
-
-
-def dense_control(ways):
-    from dsv4.config import load_config
-    from dsv4.config.overrides import apply_overrides
-
-    tiny = load_config("tiny").model
-    return ways.random_model(apply_overrides(tiny, ["layers=full", "mtp_blocks=0", "vocab_size=64"]))
-
-
-def test_full_attention_at_the_end_of_its_cache(ways):
-    """A full layer's ring is the cache itself: what crosses its end must not take the place of the first tokens."""
-    model, capacity = dense_control(ways), 12
-    ids = ways.random_ids(model, 2, capacity + STEP)
-    want = np.asarray(ways.forward(model, ids))
-    run = functools.partial(ways.feed, model, ids, width=STEP)
-    cache = ways.empty(model, 2, capacity)
-    for begin, count in (([0, 0], [4, 4]), ([4, 4], [4, 4]), ([8, 8], [2, 1])):
-        _, cache = run(begin, count, cache=cache)
-    logits, after = run([10, 9], [4, 3], cache=cache)
-    np.testing.assert_allclose(logits[0, :2], want[0, 10:12], atol=2e-4)
-    np.testing.assert_allclose(logits[1, :3], want[1, 9:12], atol=2e-4)
-    assert np.isnan(logits[0, 2:]).all()
-    back = dataclasses.replace(after, length=jnp.array([10, 9], jnp.int32))
-    logits, _ = run([10, 9], [2, 3], cache=back)
-    np.testing.assert_allclose(logits[0, :2], want[0, 10:12], atol=2e-4)

@@ -202,7 +202,7 @@ class ModelConfig:
     residual: HyperConnectionConfig = field(default_factory=HyperConnectionConfig)
     mtp_blocks: int = 0  # multi-token prediction blocks, window-only
     norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # carried for the released config; dsv4.model.init scales by fan-in instead
     bos_id: int = 0
     eos_id: int = 1
     storage: StorageConfig = field(default_factory=StorageConfig)

@@ -93,12 +93,11 @@ class Transformer(nnx.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def structure(config: ModelConfig, execution: Execution) -> tuple[Any, dict[Any, Any]]:
-    """(graphdef, abstract parameters) of a model: static, nothing allocated. `nnx.merge(graphdef, params)` runs it."""
-    graphdef, state = nnx.split(Transformer(config, execution))
-    return graphdef, nnx.to_pure_dict(state)
+def structure(config: ModelConfig, execution: Execution) -> Any:
+    """The graphdef of a model: its modules without their parameters. Static, nothing is allocated."""
+    return nnx.split(Transformer(config, execution))[0]
 
 
 def bind(config: ModelConfig, execution: Execution, params: dict[Any, Any]) -> Transformer:
     """The module with its parameters in place; cheap, meant to be called inside jit."""
-    return nnx.merge(structure(config, execution)[0], params)
+    return nnx.merge(structure(config, execution), params)

@@ -34,8 +34,9 @@ def sparse_attention(
     """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
 
     compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, entries
-    beyond the count are not read either. Entries are keys and values at once. Returns the output in q's dtype and
-    the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
+    beyond the count are not read either. The indices of one query are distinct. Entries are keys and values at
+    once. Returns the output in q's dtype and the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink
+    +inf: output 0; sink None: no sink.
     """
     return DECODE(
         q, window, window_index, compressed, compressed_index, compressed_count, sink,

@@ -131,7 +131,7 @@ def test_exported_fresh_model_gives_our_logits_in_the_peer(peer_python: str, tmp
     import dsv4
     from dsv4.checkpoint import export
 
-    model = dsv4.init("tiny")
+    model = dsv4.init("tiny", seed=1)  # fresh weights can tie index scores at 0, and ties break differently there
     exported = tmp_path / "exported"
     export(model, exported)
     config = json.loads((exported / "config.json").read_text())

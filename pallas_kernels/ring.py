@@ -8,7 +8,7 @@ to be rejected drafts: rolling a sequence back is setting its length.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.typing import typed
 
@@ -17,8 +17,8 @@ MAX_STEP = 4  # tokens one decode step may carry a sequence: a token and its dra
 
 @typed
 def write_ring(
-    ring: Float[Array, "B slots w"], rows: Float[Array, "B T w"], start: Int[Array, " B"], count: Int[Array, " B"]
-) -> Float[Array, "B slots w"]:
+    ring: Shaped[Array, "B slots w"], rows: Shaped[Array, "B T w"], start: Int[Array, " B"], count: Int[Array, " B"]
+) -> Shaped[Array, "B slots w"]:
     """Puts the first `count` of `rows` at positions start.. in the ring's dtype; of more than fit, the last stay."""
     slots, tokens = ring.shape[1], rows.shape[1]
     token = jnp.arange(tokens)[None]
@@ -28,7 +28,7 @@ def write_ring(
 
 
 @typed
-def read_ring(ring: Float[Array, "B slots w"], first: Int[Array, " B"], count: int) -> Float[Array, "B n w"]:
+def read_ring(ring: Shaped[Array, "B slots w"], first: Int[Array, " B"], count: int) -> Shaped[Array, "B n w"]:
     """The rows of positions first .. first + count - 1; what was never written or is overwritten comes as it lies."""
     slot = (first[:, None] + jnp.arange(count)[None]) % ring.shape[1]
     return jnp.take_along_axis(ring, slot[..., None], axis=1)

@@ -55,7 +55,7 @@ def disagreements(leaves: Sequence[StoredLeaf], tree: Tree) -> dict[str, list[st
 
 def _wrong(leaf: StoredLeaf, value: Any) -> str | None:
     found = value.format if isinstance(value, QuantTensor) else None
-    if found != leaf.format:
+    if (found and found.layout) != (leaf.format and leaf.format.layout):
         has, says = (fmt.name if fmt else "not quantised" for fmt in (found, leaf.format))
         return f"is {has}, config.storage says {says}: quantise or dequantise it, or replace config.storage"
     if isinstance(value, QuantTensor):

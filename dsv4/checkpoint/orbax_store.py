@@ -22,7 +22,8 @@ from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.writer import Model, replacing, require_vacant
 from dsv4.config.model import ConfigError, ModelConfig
 from dsv4.parameters import tensor_name
-from pallas_kernels.quant import FORMATS, QuantTensor
+from pallas_kernels.formats import FormatError, parse_format
+from pallas_kernels.quant import QuantTensor
 
 KIND, VERSION = "dsv4", 1
 
@@ -115,9 +116,12 @@ def _encode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
 
 def _decode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
     if (name := formats.get(tensor_name(path))) is not None:
-        if name not in FORMATS:
-            raise CheckpointError(f"{tensor_name(path)} has format {name!r}, known are {', '.join(FORMATS)}")
-        return QuantTensor(node["values"], node["scale"], FORMATS[name])
+        try:
+            form = parse_format(name)
+        except FormatError as error:
+            raise CheckpointError(f"{tensor_name(path)}: {error}") from None
+        assert form is not None, "only quantised leaves are noted"
+        return QuantTensor(node["values"], node["scale"], form)
     if isinstance(node, dict):
         decoded = {key: _decode(value, (*path, key), formats) for key, value in node.items()}
         if all(map(str.isdecimal, decoded)):  # layers; orbax sorts them as text

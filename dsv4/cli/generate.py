@@ -108,7 +108,7 @@ def run_facts(model: Model, tokens: Generation) -> dict[str, Any]:
         "prefill_tokens_per_second": stats.prefill_tokens_per_second,
         "decode_tokens_per_second": stats.decode_tokens_per_second,
         "parameters": dataclasses.asdict(parameters),
-        "cache_dtype": model.execution.cache_dtype or model.execution.dtype,
+        "cache": dataclasses.asdict(model.execution.cache_format),
         "cache_bytes_per_token": growing,
         "cache_bytes_fixed": fixed,
         "dense_multihead_bytes_per_token": dense_multihead_bytes_per_token(model.config),
@@ -150,6 +150,12 @@ def _harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
+def _formats(cache: dict[str, str]) -> str:
+    window, entries, index = cache["window"], cache["entries"], cache["index"]
+    kinds = window if window == entries else f"window {window}, entries {entries}"
+    return kinds if index == entries else f"{kinds}, index keys {index}"
+
+
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     parameters, growing = facts["parameters"], facts["cache_bytes_per_token"]
     dense, fixed = facts["dense_multihead_bytes_per_token"], output.size(facts["cache_bytes_fixed"])
@@ -159,6 +165,6 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("decode", f"{facts['decode_tokens_per_second']:,.0f} tokens/s ({facts['new_tokens']} tokens)"),
         ("compilation", f"{facts['compile_seconds']:.1f} s, not part of the above"),
         ("parameters", f"{total} total, {active} active per token"),
-        ("cache", f"{growing:,.0f} B per token of context ({facts['cache_dtype']}), and {fixed} a sequence"),
+        ("cache", f"{growing:,.0f} B per token of context ({_formats(facts['cache'])}), and {fixed} a sequence"),
         ("dense cache", f"{dense:,} B per token of context: every head and layer, bf16"),
     ]

@@ -9,9 +9,8 @@ from typing import Any
 from dsv4.cli import output
 from dsv4.cli.arguments import Config, JsonFile, Overrides
 from dsv4.cli.source import named_config
-from dsv4.config import LayerConfig, ModelConfig
+from dsv4.config import CACHE_FORMATS, LayerConfig, ModelConfig
 from dsv4.cost import (
-    CACHE_FORMATS,
     bytes_per_token,
     compressor_state_bytes,
     count_parameters,
@@ -19,6 +18,8 @@ from dsv4.cost import (
     weight_bytes,
     window_bytes,
 )
+
+SHOWN = ("bf16", "fp8", "fp8_fp4_index")
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ def model_facts(name: str, config: ModelConfig) -> dict[str, Any]:
             "experts": config.storage.experts,
         },
         "cache": {
-            form.name: {
+            name: {
                 "bytes_per_token": bytes_per_token(config, form),
                 "window_bytes": window_bytes(config, form),
             }
-            for form in CACHE_FORMATS
+            for name, form in CACHE_FORMATS.items()
+            if name in SHOWN
         },
         "open_block_bytes": compressor_state_bytes(config),
         "dense_multihead_bytes_per_token": dense_multihead_bytes_per_token(config),

@@ -3,6 +3,7 @@
 Nothing in this package imports jax, so that a command line can answer questions about a model at once.
 """
 
+from dsv4.config.cache import CACHE_FORMATS, CacheFormat
 from dsv4.config.execution import Execution
 from dsv4.config.model import (
     AttentionConfig,
@@ -21,7 +22,9 @@ from dsv4.config.released import read_released, write_released
 from dsv4.config.training import TrainConfig
 
 __all__ = [
+    "CACHE_FORMATS",
     "AttentionConfig",
+    "CacheFormat",
     "ConfigError",
     "Execution",
     "HyperConnectionConfig",

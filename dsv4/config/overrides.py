@@ -10,8 +10,10 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from dsv4.config.cache import CACHE_FORMATS, CacheFormat
 from dsv4.config.layers import parse_layers
 from dsv4.config.model import ConfigError, LayerConfig, one_of
+from pallas_kernels.formats import FORMATS, FormatError, QuantFormat, parse_format
 
 Changes = dict[str, Any]  # field -> its new value, or the Changes of the config it holds
 
@@ -82,13 +84,15 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if matched:
             return converted
     allowed = one_of([word for option in options for word in _words(option)])
-    choice = any(typing.get_origin(option) is typing.Literal for option in options)
+    choice = any(len(_words(option)) > 1 for option in options)
     raise ConfigError(f"{name} is {value!r}: {allowed if choice else f'expected {allowed}'}")
 
 
 def _words(option: Any) -> tuple[str, ...]:
     if typing.get_origin(option) is typing.Literal:
         return typing.get_args(option)
+    if option in (CacheFormat, QuantFormat):
+        return tuple(CACHE_FORMATS if option is CacheFormat else FORMATS)
     return ("None" if option is type(None) else option.__name__,)
 
 
@@ -107,6 +111,13 @@ def _convert(value: Any, option: Any) -> tuple[bool, Any]:
             literal = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
         except (ValueError, SyntaxError):
             literal = value
+    if option is CacheFormat and isinstance(value, str):
+        return value in CACHE_FORMATS, CACHE_FORMATS.get(value)
+    if option is QuantFormat and isinstance(value, str):
+        try:
+            return (form := parse_format(value)) is not None, form
+        except FormatError:
+            return False, None
     if option is type(None):
         return literal is None, None
     if typing.get_origin(option) is typing.Literal:

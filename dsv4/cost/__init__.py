@@ -1,8 +1,6 @@
 """What a model costs, as functions of its config: parameters, weight bytes, cache bytes. Nothing here imports jax."""
 
 from dsv4.cost.cache_bytes import (
-    CACHE_FORMATS,
-    CacheFormat,
     bytes_per_token,
     compressor_state_bytes,
     dense_multihead_bytes_per_token,
@@ -13,8 +11,6 @@ from dsv4.cost.cache_bytes import (
 from dsv4.cost.parameters import ParameterCount, count_parameters, weight_bytes
 
 __all__ = [
-    "CACHE_FORMATS",
-    "CacheFormat",
     "ParameterCount",
     "bytes_per_token",
     "compressor_state_bytes",

@@ -13,23 +13,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dsv4.config import Execution, LayerConfig, ModelConfig
 from pallas_kernels.compress import CompressorState, Entries, initial_state
-from pallas_kernels.ring import MAX_STEP
+from pallas_kernels.formats import RowFormat
+from pallas_kernels.quant import Rows, decode_rows, empty_rows, encode_rows
+from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
 
 
 class CompressedCache(NamedTuple):
-    """entries [B, capacity // m, K] and the blocks that are still open."""
+    """entries: rows [B, capacity // m, K], and the blocks that are still open."""
 
-    entries: jax.Array
+    entries: Rows
     state: CompressorState
 
 
 class LayerCache(NamedTuple):
-    """window: ring of keys [B, slots, K] (pallas_kernels.ring). The others are None where a layer has none."""
+    """window: rows [B, slots, K], a ring of keys (pallas_kernels.ring). The others are None where a layer has none."""
 
-    window: jax.Array
+    window: Rows
     compressed: CompressedCache | None
     index_keys: CompressedCache | None
 
@@ -59,19 +62,19 @@ def rollback(cache: Cache, length: jax.Array) -> Cache:
 
 
 def _layer(config: ModelConfig, layer: LayerConfig, execution: Execution, batch: int, capacity: int) -> LayerCache:
-    dtype = jnp.dtype(execution.cache_dtype or execution.dtype)
-    head_dim = config.attention.head_dim
-    slots = (capacity if layer.kind == "full" else config.attention.window) + MAX_STEP - 1
+    stored, attention = execution.cache_format, config.attention
+    head_dim = attention.head_dim
+    slots = (capacity if layer.kind == "full" else attention.window) + MAX_STEP - 1
 
-    def compressed(width: int) -> CompressedCache:
+    def compressed(width: int, form: RowFormat) -> CompressedCache:
         overlap = layer.kind == "csa"
         state = initial_state(batch, layer.ratio, width * (2 if overlap else 1), overlap)
-        return CompressedCache(jnp.zeros((batch, capacity // layer.ratio, width), dtype), state)
+        return CompressedCache(empty_rows(form, (batch, capacity // layer.ratio, width)), state)
 
     return LayerCache(
-        jnp.zeros((batch, slots, head_dim), dtype),
-        compressed(head_dim) if layer.compressed else None,
-        compressed(config.indexer.head_dim) if layer.kind == "csa" else None,
+        empty_rows(stored.window_format(attention), (batch, slots, head_dim)),
+        compressed(head_dim, stored.entry_format(attention)) if layer.compressed else None,
+        compressed(config.indexer.head_dim, stored.index_format()) if layer.kind == "csa" else None,
     )
 
 
@@ -81,8 +84,20 @@ def window_index(position: jax.Array, width: int, slots: int) -> jax.Array:
     return jnp.where(seen >= 0, seen % slots, -1)
 
 
-def write_entries(cache: jax.Array, entries: Entries) -> jax.Array:
+def write_window(ring: Rows, kv: jax.Array, start: jax.Array, count: jax.Array) -> Rows:
+    """Puts the first count[b] keys of kv [B, T, K] at positions start[b].. of the ring, in its format."""
+    return jax.tree.map(lambda old, new: write_ring(old, new, start, count), ring, encode_rows(kv, ring.format))
+
+
+def read_window(ring: Rows, first: jax.Array, count: int, dtype: DTypeLike) -> jax.Array:
+    """The keys [B, count, K] of positions first[b] .., as `read_ring` has them."""
+    return decode_rows(jax.tree.map(lambda leaf: read_ring(leaf, first, count), ring), dtype)
+
+
+def write_entries(cache: Rows, entries: Entries) -> Rows:
     """Puts finished entries at their numbers; unfinished ones are dropped."""
     number = jnp.arange(entries.values.shape[1])[None]
     slot = jnp.where(number < entries.closed[:, None], entries.first[:, None] + number, cache.shape[1])
-    return cache.at[jnp.arange(cache.shape[0])[:, None], slot].set(entries.values.astype(cache.dtype), mode="drop")
+    row = jnp.arange(cache.shape[0])[:, None]
+    new = encode_rows(entries.values, cache.format)
+    return jax.tree.map(lambda leaf, rows: leaf.at[row, slot].set(rows, mode="drop"), cache, new)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from dsv4.parameters import FLOAT32_CLASSES, Spec, SpecTree
 from pallas_kernels.block_matmul import matmul
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.norm import rms_norm
 
 
@@ -39,8 +40,16 @@ class Linear(nnx.Module):
     def __init__(self, specs: SpecTree):
         self.weight = declare(specs["weight"])
 
-    def __call__(self, x: jax.Array, *, out_dtype: DTypeLike | None = None, implementation: str = "auto") -> jax.Array:
-        return matmul(x, read(self.weight), out_dtype=out_dtype, implementation=implementation)
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        activations: QuantFormat | None = None,
+        out_dtype: DTypeLike | None = None,
+        implementation: str = "auto",
+    ) -> jax.Array:
+        weight = read(self.weight)
+        return matmul(x, weight, activations=activations, out_dtype=out_dtype, implementation=implementation)
 
 
 class RMSNorm(nnx.Module):

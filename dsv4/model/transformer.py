@@ -16,6 +16,7 @@ from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.model.mtp import MTPBlock
 from dsv4.model.residual import collapse, declare_hyper
 from dsv4.parameters import SpecTree, model_specs
+from pallas_kernels.quant.weights import embedding_rows
 
 
 class Trace(NamedTuple):
@@ -33,8 +34,9 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array, dtype: Any) -> jax.Array:
         """Rows of the table; an id outside it gives NaN, never another token's row."""
         table = read(self.weight)
-        known = jnp.where(ids < 0, table.shape[0], ids)  # a negative index would count from the end
-        return jnp.take(table, known, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+        known = (ids >= 0) & (ids < table.shape[0])
+        rows = embedding_rows(table, jnp.where(known, ids, 0), dtype)
+        return jnp.where(known[..., None], rows, jnp.nan)
 
 
 class Transformer(nnx.Module):

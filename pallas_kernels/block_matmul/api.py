@@ -5,34 +5,50 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_matmul import reference
-from pallas_kernels.dispatch import Op
+from pallas_kernels.block_matmul import reference, scaled_dot
+from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
-from pallas_kernels.quant import QuantTensor
+from pallas_kernels.formats import QuantFormat
+from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
+from pallas_kernels.quant.weights import shown
 from pallas_kernels.typing import typed
 
-MATMUL = Op("block_matmul", [reference_candidate(reference.matmul)])
+MATMUL = Op(
+    "block_matmul",
+    [
+        Candidate("scaled_dot", scaled_dot.matmul, scaled_dot.unsupported_reason),
+        reference_candidate(reference.matmul),
+    ],
+)
 BLOCK_DIAGONAL = Op("block_diagonal_matmul", [reference_candidate(reference.block_diagonal_matmul)])
 
 
 @typed
 def matmul(
     x: Float[Array, "*rows I"],
-    w: Float[Array, "O I"] | QuantTensor,
+    w: Float[Array, "O I"] | QuantTensor | TreatedWeight | ObservedWeight,
     *,
+    activations: QuantFormat | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*rows O"]:
-    """x @ w.T, accumulated in float32, in `out_dtype` (default: x's). A quantised w is dequantised per call."""
-    return MATMUL(x, w, out_dtype=out_dtype, implementation=implementation)
+    """x @ w.T, accumulated in float32, in `out_dtype` (default: x's). A quantised w is dequantised per call.
+
+    activations: the format x is rounded to where w is quantised, None to leave it; tiles of one row. Where x has
+    fewer channels than a tile, a tile is the whole row.
+    """
+    return MATMUL(x, shown(x, w), activations=activations, out_dtype=out_dtype, implementation=implementation)
 
 
 @typed
 def block_diagonal_matmul(
     x: Float[Array, "*rows G I"],
-    w: Float[Array, "GO I"] | QuantTensor,
+    w: Float[Array, "GO I"] | QuantTensor | TreatedWeight | ObservedWeight,
     *,
     implementation: str = "auto",
 ) -> Float[Array, "*rows GO"]:
-    """Group g of x times rows g*O..(g+1)*O-1 of w, concatenated: the grouped output projection `wo_a`."""
-    return BLOCK_DIAGONAL(x, w, implementation=implementation)
+    """Group g of x times rows g*O..(g+1)*O-1 of w, concatenated: the grouped output projection `wo_a`.
+
+    Its input is never quantised, in the released code and here.
+    """
+    return BLOCK_DIAGONAL(x, shown(x, w), implementation=implementation)

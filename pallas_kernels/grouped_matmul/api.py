@@ -6,8 +6,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Op
 from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.quant import QuantTensor
+from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
+from pallas_kernels.quant.weights import shown
 from pallas_kernels.router import Routing
 from pallas_kernels.typing import typed
 
@@ -18,27 +20,32 @@ DOWN = Op("expert_down", [reference_candidate(reference.expert_down)])
 @typed
 def expert_gate_up(
     x: Float[Array, "N D"],
-    w1: Float[Array, "E I D"] | QuantTensor,
-    w3: Float[Array, "E I D"] | QuantTensor,
+    w1: Float[Array, "E I D"] | QuantTensor | TreatedWeight | ObservedWeight,
+    w3: Float[Array, "E I D"] | QuantTensor | TreatedWeight | ObservedWeight,
     routing: Routing,
     *,
     limit: float,
+    activations: QuantFormat | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "Nk I"]:
     """swiglu(x w1, x w3) times the routing weight, for every token's k experts; rows in `routing.order`.
 
     The routing weight multiplies here, before the second projection, so that a kernel can quantise its result.
+    activations: as in `matmul`.
     """
-    return GATE_UP(x, w1, w3, routing, limit=limit, implementation=implementation)
+    return GATE_UP(
+        x, shown(x, w1), shown(x, w3), routing, limit=limit, activations=activations, implementation=implementation
+    )
 
 
 @typed
 def expert_down(
     hidden: Float[Array, "Nk I"],
-    w2: Float[Array, "E D I"] | QuantTensor,
+    w2: Float[Array, "E D I"] | QuantTensor | TreatedWeight | ObservedWeight,
     routing: Routing,
     *,
+    activations: QuantFormat | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "N D"]:
     """The second projection of the rows of `expert_gate_up`, summed over each token's experts in float32."""
-    return DOWN(hidden, w2, routing, implementation=implementation)
+    return DOWN(hidden, shown(hidden, w2), routing, activations=activations, implementation=implementation)

@@ -1,6 +1,31 @@
-"""Block-quantised arrays: a format is a value, a quantised tensor is a pytree of codes and scales."""
+"""Quantised arrays: a format is a value, a quantised tensor is a pytree of codes and scales, exact to the bit."""
 
-from pallas_kernels.quant.formats import FORMATS, FP8_BLOCK, MXFP4, QuantFormat
-from pallas_kernels.quant.tensor import QuantTensor, dequantize
+from pallas_kernels.formats import FORMATS, FP8_BLOCK, FP8_ENTRY, FP8_GROUP, MXFP4, FormatError, QuantFormat, RowFormat
+from pallas_kernels.quant.convert import dequantize, quantize, round_trip
+from pallas_kernels.quant.rows import Rows, as_cached, decode_rows, empty_rows, encode_rows, take_rows
+from pallas_kernels.quant.tensor import QuantTensor
+from pallas_kernels.quant.weights import ObservedWeight, TreatedWeight, observe
 
-__all__ = ["FORMATS", "FP8_BLOCK", "MXFP4", "QuantFormat", "QuantTensor", "dequantize"]
+__all__ = [
+    "FORMATS",
+    "FP8_BLOCK",
+    "FP8_ENTRY",
+    "FP8_GROUP",
+    "MXFP4",
+    "FormatError",
+    "ObservedWeight",
+    "QuantFormat",
+    "QuantTensor",
+    "RowFormat",
+    "Rows",
+    "TreatedWeight",
+    "as_cached",
+    "decode_rows",
+    "dequantize",
+    "empty_rows",
+    "encode_rows",
+    "observe",
+    "quantize",
+    "round_trip",
+    "take_rows",
+]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op
 from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.quant import Rows
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.typing import typed
 
@@ -21,9 +22,9 @@ PREFILL = Op("sparse_attention_prefill", [reference_candidate(reference.sparse_a
 @typed
 def sparse_attention(
     q: Float[Array, "B T H K"],
-    window: Float[Array, "B S K"],
+    window: Float[Array, "B S K"] | Rows,
     window_index: Int[Array, "B T W"],
-    compressed: Float[Array, "B C K"] | None,
+    compressed: Float[Array, "B C K"] | Rows | None,
     compressed_index: Int[Array, "B T k"] | None,
     compressed_count: Int[Array, "B T"] | None,
     sink: Float[Array, " H"] | None,
@@ -34,9 +35,9 @@ def sparse_attention(
     """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
 
     compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, entries
-    beyond the count are not read either. The indices of one query are distinct. Entries are keys and values at
-    once. Returns the output in q's dtype and the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink
-    +inf: output 0; sink None: no sink.
+    beyond the count are not read either. The indices of one query are distinct. Entries are keys and values at once;
+    quantised ones (Rows) are dequantised as they are read. Returns the output in q's dtype and the float32
+    log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
     """
     return DECODE(
         q, window, window_index, compressed, compressed_index, compressed_count, sink,
@@ -49,7 +50,7 @@ def sparse_attention_prefill(
     q: Float[Array, "B T H K"],
     band: Float[Array, "B S K"],
     start: Int[Array, " B"],
-    compressed: Float[Array, "B C K"] | None,
+    compressed: Float[Array, "B C K"] | Rows | None,
     compressed_index: Int[Array, "B T k"] | None,
     compressed_count: Int[Array, "B T"] | None,
     sink: Float[Array, " H"] | None,

@@ -7,32 +7,34 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quant import Rows, decode_rows, take_rows
+
 # Queries a block of the banded form: its logits are [BLOCK, width + BLOCK] instead of [T, T].
 BLOCK = 128
 
 
 def sparse_attention(
     q: jax.Array,
-    window: jax.Array,
+    window: jax.Array | Rows,
     window_index: jax.Array,
-    compressed: jax.Array | None,
+    compressed: jax.Array | Rows | None,
     compressed_index: jax.Array | None,
     compressed_count: jax.Array | None,
     sink: jax.Array | None,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    picked, seen = _gather(window, window_index).astype(q.dtype), window_index >= 0
+    picked, seen = _gather(window, window_index, q.dtype), window_index >= 0
     logits = [_masked(jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32), scale, seen)]
     values = [picked]
     if compressed is not None:
         if compressed_index is not None:
             seen = _within(compressed_index, compressed_count)
-            picked = _gather(compressed, jnp.where(seen, compressed_index, -1)).astype(q.dtype)
+            picked = _gather(compressed, jnp.where(seen, compressed_index, -1), q.dtype)
             products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
         else:
             seen = _first(compressed.shape[1], compressed_count)
-            picked = _blank_unseen(compressed, seen).astype(q.dtype)
+            picked = _blank_unseen(_plain(compressed, q.dtype), seen)
             products = jnp.einsum("bthk,bnk->bthn", q, picked, preferred_element_type=jnp.float32)
         logits.append(_masked(products, scale, seen))
         values.append(picked)
@@ -43,7 +45,7 @@ def sparse_attention_prefill(
     q: jax.Array,
     band: jax.Array,
     start: jax.Array,
-    compressed: jax.Array | None,
+    compressed: jax.Array | Rows | None,
     compressed_index: jax.Array | None,
     compressed_count: jax.Array | None,
     sink: jax.Array | None,
@@ -70,7 +72,7 @@ def sparse_attention_prefill(
     logits, values = [_masked(products, scale, seen)], [rows]
     if compressed is not None:
         seen = _selected(compressed.shape[1], compressed_index, compressed_count)
-        entries = _blank_unseen(compressed, seen).astype(q.dtype)
+        entries = _blank_unseen(_plain(compressed, q.dtype), seen)
         products = jnp.einsum("bcqhk,bnk->bcqhn", queries, entries, preferred_element_type=jnp.float32)
         logits.append(_masked(products, scale, _to_blocks(seen, blocks, block)))
         values.append(entries)
@@ -118,12 +120,20 @@ def _blank_unseen(entries: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(seen, axis=-2)[..., None], entries, 0)
 
 
-def _gather(entries: jax.Array, index: jax.Array) -> jax.Array:
+def _gather(entries: jax.Array | Rows, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """entries [B, N, K] at index [B, T, n] -> [B, T, n, K]; 0, never a stray NaN, where the index is -1."""
     batch, tokens, count = index.shape
-    flat = jnp.maximum(index, 0).reshape(batch, tokens * count, 1)
-    picked = jnp.take_along_axis(entries, flat, axis=1).reshape(batch, tokens, count, entries.shape[-1])
-    return jnp.where((index >= 0)[..., None], picked, 0)
+    flat = jnp.maximum(index, 0).reshape(batch, tokens * count)
+    picked = (
+        decode_rows(take_rows(entries, flat), dtype)
+        if isinstance(entries, Rows)
+        else jnp.take_along_axis(entries, flat[..., None], axis=1).astype(dtype)
+    )
+    return jnp.where((index >= 0)[..., None], picked.reshape(batch, tokens, count, -1), 0)
+
+
+def _plain(entries: jax.Array | Rows, dtype: jnp.dtype) -> jax.Array:
+    return decode_rows(entries, dtype) if isinstance(entries, Rows) else entries.astype(dtype)
 
 
 def _within(index: jax.Array, count: jax.Array | None) -> jax.Array:

@@ -191,4 +191,7 @@ def test_directories_that_are_no_released_checkpoint(tmp_path, tools):
 def test_a_layout_that_the_number_format_cannot_hold(copy, tools):
     directory = copy("mixed_fp8fp4")
     tools.edit_config(directory, moe_intermediate_size=33)
-    assert "layers.0.ffn.experts.w2.weight: mxfp4 cannot hold shape (128, 33)" in str(tools.problems_of(directory))
+    text = str(tools.problems_of(directory))
+    assert "layers.0.ffn.experts.w2.weight: e2m1:1x32:ue8m0 cannot hold this: the last axis of (128, 33)" in text
+        tools.problems_of(directory)
+    )

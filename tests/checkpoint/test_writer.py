@@ -117,8 +117,8 @@ def test_all_disagreements_are_one_error(tmp_path):
         "embed.weight": "is float16, config.storage says BF16 or F32",
         "hc_head_base": "is bfloat16, config.storage says F32",
         "layers.0.ffn.gate.tid2eid": "is uint32, hash tables are int32",
-        "layers.0.attn.wkv.weight": "is not quantised, config.storage says fp8_block: quantise or dequantise it",
-        "layers.1.attn.wkv.weight": "is no fp8_block tensor: scale are float8_e4m3fn",
+        "layers.0.attn.wkv.weight": "is not quantised, config.storage says e4m3:128x128:ue8m0: quantise",
+        "layers.1.attn.wkv.weight": "is no e4m3:128x128:ue8m0 tensor: scale are float8_e4m3fn",
     }
     assert found.keys() == expected.keys()
     assert all(expected[name] in text for name, text in found.items())
@@ -128,7 +128,7 @@ def test_all_disagreements_are_one_error(tmp_path):
 def test_quantised_leaves_need_a_config_that_says_so(tmp_path):
     model = load("mixed_fp8fp4")
     model.config = dataclasses.replace(model.config, storage=StorageConfig("bfloat16"))
-    with pytest.raises(CheckpointError, match="is mxfp4, config.storage says not quantised") as caught:
+    with pytest.raises(CheckpointError, match="is e2m1:1x32:ue8m0, config.storage says not quantised") as caught:
         export(model, tmp_path / "out")
     assert len(caught.value.problems["wrong shape, dtype or format"]) == 25 + 9
 

@@ -38,5 +38,5 @@ def test_quantised_weights_are_traced_as_stored():
     config = load_config("flash").model
     found = jax.tree.leaves(abstract_parameters(config), is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
     quantised = [leaf for leaf in found if isinstance(leaf, QuantTensor)]
-    assert {leaf.format.name for leaf in quantised} == {"fp8_block", "mxfp4"}
+    assert {leaf.format.name for leaf in quantised} == {"e4m3:128x128:ue8m0", "e2m1:1x32:ue8m0"}
     assert not any(leaf.validate() for leaf in quantised)

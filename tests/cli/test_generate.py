@@ -7,8 +7,8 @@ import pytest
 
 import dsv4 as library
 from dsv4.cli.generate import cache_bytes
-from dsv4.config import Execution, load_config, replace
-from dsv4.cost import CacheFormat, bytes_per_token, compressor_state_bytes, count_parameters, window_bytes
+from dsv4.config import CACHE_FORMATS, Execution, load_config, replace
+from dsv4.cost import bytes_per_token, compressor_state_bytes, count_parameters, window_bytes
 from dsv4.model.cache import MAX_STEP, init_cache
 
 PROMPT = "In the beginning"
@@ -38,9 +38,9 @@ def test_measured_cache_bytes_are_those_of_the_formula(dsv4, released, tmp_path)
     path = tmp_path / "facts.json"
     assert dsv4("generate", PROMPT, "--checkpoint", released, "--max-new", NEW, "--json", path).code == 0
     facts, config = json.loads(path.read_text()), load_config(released).model
-    form = CacheFormat("float32", "float32", "float32")
+    form = CACHE_FORMATS["float32"]
     drafts = len(config.layers) * (MAX_STEP - 1) * config.attention.head_dim * 4
-    assert facts["cache_dtype"] == "float32"
+    assert facts["cache"] == {"window": "float32", "entries": "float32", "index": "float32"}
     assert facts["cache_bytes_per_token"] == bytes_per_token(config, form)
     assert facts["cache_bytes_fixed"] == window_bytes(config, form) + drafts + compressor_state_bytes(config)
     assert facts["parameters"]["active"] == count_parameters(config).active
@@ -50,7 +50,7 @@ def test_measured_cache_bytes_are_those_of_the_formula(dsv4, released, tmp_path)
 def test_every_kind_of_layer_is_counted_as_by_the_formula(layers):
     config = replace(load_config("tiny").model, "layers", layers)
     growing, fixed = cache_bytes(config, init_cache(config, Execution(), 1, capacity=64))
-    form = CacheFormat("float32", "float32", "float32")
+    form = CACHE_FORMATS["float32"]
     drafts = len(config.layers) * (MAX_STEP - 1) * config.attention.head_dim * 4
     assert growing == bytes_per_token(config, form) > 0
     assert fixed == window_bytes(config, form) + drafts + compressor_state_bytes(config)

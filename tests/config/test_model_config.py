@@ -18,6 +18,8 @@ from dsv4.config import (
     TrainConfig,
     YarnConfig,
 )
+from dsv4.config.cache import CacheFormat
+from pallas_kernels.formats import FP8_BLOCK
 
 CSA = (LayerConfig("csa", 4),)
 TOO_SMALL = {
@@ -73,7 +75,8 @@ REFUSED = [
     (ModelConfig, {"initializer_range": -0.1}, "initializer_range is -0.1"),
     (ModelConfig, {"indexer": IndexerConfig(head_dim=32)}, "indexer.head_dim 32 is below attention.rope_dim 64"),
     (Execution, {"dtype": "float16"}, "execution.dtype is 'float16': float32 or bfloat16"),
-    (Execution, {"cache_dtype": "fp8"}, "execution.cache_dtype is 'fp8': float32, bfloat16 or None"),
+    (CacheFormat, {"index": "int8"}, "cache.index is 'int8': one of float32, bfloat16, fp8, fp4"),
+    (Execution, {"activations": FP8_BLOCK}, "execution.activations is e4m3:128x128:ue8m0: a tile must lie in one row"),
     (Execution, {"precision": "high"}, "execution.precision is 'high': default or highest"),
     (TrainConfig, {"optimizer": "adam"}, "train.optimizer is 'adam': muon or adamw"),
     (TrainConfig, {"final_fraction": 1.5}, "train.final_fraction is 1.5: it must be between 0 and 1"),

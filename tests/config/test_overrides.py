@@ -1,11 +1,14 @@
 """Dotted overrides: typed, in any order, validated once."""
 
 import itertools
+import operator
 
 import pytest
 
 from dsv4.config import ConfigError, Execution, LayerConfig, TrainConfig, apply_overrides, load_config, replace
+from dsv4.config.cache import CacheFormat
 from dsv4.config.layers import parse_layers, released_layer
+from pallas_kernels.formats import FP8_GROUP
 
 TINY = load_config("tiny")
 
@@ -51,15 +54,18 @@ def test_no_override_changes_nothing():
         (TrainConfig(), "learning_rate", "1", 1.0),
         (TrainConfig(), "optimizer", "adamw", "adamw"),
         (Execution(), "remat", "true", True),
-        (Execution(), "cache_dtype", "bfloat16", "bfloat16"),
-        (Execution(cache_dtype="float32"), "cache_dtype", "None", None),
+        (Execution(), "cache", "fp8_fp4_index", CacheFormat("fp8", "fp8", "fp4")),
+        (Execution(cache=CacheFormat()), "cache", "None", None),
+        (Execution(cache=CacheFormat()), "cache.index", "fp4", "fp4"),
+        (Execution(), "activations", "fp8_group", FP8_GROUP),
         (Execution(), "implementation", "reference", "reference"),
     ],
 )
 def test_text_is_read_as_the_type_of_the_field(config, path, text, value):
-    found = getattr(apply_overrides(config, [f" {path} = {text} "]), path)
+    read = operator.attrgetter(path)
+    found = read(apply_overrides(config, [f" {path} = {text} "]))
     assert found == value and type(found) is type(value)
-    assert getattr(replace(config, path, value), path) == value
+    assert read(replace(config, path, value)) == value
 
 
 @pytest.mark.parametrize(
@@ -94,8 +100,8 @@ def test_a_wrong_override_is_named(override, message):
 
 
 def test_a_choice_that_may_be_none_lists_it():
-    with pytest.raises(ConfigError, match="cache_dtype is 'fp8': float32, bfloat16 or None"):
-        apply_overrides(Execution(), ["cache_dtype=fp8"])
+    with pytest.raises(ConfigError, match="cache is 'fp9': float32, bf16, fp8,.* or None"):
+        apply_overrides(Execution(), ["cache=fp9"])
 
 
 @pytest.mark.parametrize("value", [3, None, ["csa:4"], [4]])

@@ -7,10 +7,9 @@ from dataclasses import replace
 import jax
 import pytest
 
-from dsv4.config import Execution, load_config
+from dsv4.config import CACHE_FORMATS, Execution, load_config
 from dsv4.config.overrides import parse_layers
 from dsv4.cost import (
-    CACHE_FORMATS,
     bytes_per_token,
     compressor_state_bytes,
     count_parameters,
@@ -22,7 +21,7 @@ from dsv4.cost import (
 )
 from dsv4.model.cache import MAX_STEP, init_cache
 
-BF16, FP8, FP4 = CACHE_FORMATS
+FORMATS = BF16, FP8, FP4 = tuple(CACHE_FORMATS[name] for name in ("bf16", "fp8", "fp8_fp4_index"))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_weight_bytes_are_those_of_the_files(oracle, case):
 )
 def test_cache_bytes_per_token_are_those_published(name, expected):
     config = load_config(name).model
-    assert tuple(int(bytes_per_token(config, form)) for form in CACHE_FORMATS) == expected
+    assert tuple(int(bytes_per_token(config, form)) for form in FORMATS) == expected
 
 
 def test_entries_and_keys_of_the_interchange_format():

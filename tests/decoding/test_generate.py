@@ -76,7 +76,8 @@ def test_the_cache_is_updated_in_place(model):
     next(tokens)
     before = tokens.cache
     next(tokens)
-    assert before.layers[0].window.is_deleted() and not tokens.cache.layers[0].window.is_deleted()
+    before, after = (cache.layers[0].window.body for cache in (before, tokens.cache))
+    assert before.is_deleted() and not after.is_deleted()
 
 
 def test_times_are_of_finished_work_and_leave_compilation_out(model):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv4.config import Execution, load_config
+from dsv4.config import CACHE_FORMATS, Execution, load_config
 from dsv4.config.overrides import apply_overrides
 from dsv4.decoding import run
 from dsv4.decoding.run import decode_step, prefill
@@ -200,30 +200,38 @@ def test_the_dense_control(ways):
     assert_same(logits[0, :2], want[0, 25:27])
 
 
-PRECISIONS = [("bfloat16", None), ("float32", "bfloat16"), ("bfloat16", "float32")]
+PRECISIONS = [
+    ("bfloat16", None),
+    ("float32", "bf16"),
+    ("bfloat16", "float32"),
+    ("float32", "fp8"),
+    ("bfloat16", "fp8_fp4_index"),
+    ("bfloat16", "fp8_tensor"),
+    ("float32", "int8"),
+]
 
 
-@pytest.mark.parametrize(("dtype", "cache_dtype"), PRECISIONS)
-def test_no_dtype_is_promoted_on_any_way(ways, dtype, cache_dtype):
+@pytest.mark.parametrize(("dtype", "cache"), PRECISIONS)
+def test_no_dtype_is_promoted_on_any_way(ways, dtype, cache):
     """Strict promotion would raise while tracing; logits are float32, and the cache keeps its own dtype."""
-    execution = Execution(dtype=dtype, cache_dtype=cache_dtype)
+    execution = Execution(dtype=dtype, cache=CACHE_FORMATS.get(cache))
     model = ways.random_model(small_variant()).replace(execution=execution)
-    cache = ways.empty(model, 2, 32)
+    state = ways.empty(model, 2, 32)
     for tokens in (1, 9):
         ids, count = np.zeros((2, tokens), np.int32), np.zeros(2, np.int32)
-        logits, after = jax.eval_shape(run.extend_body, model, ids, count, cache)
+        logits, after = jax.eval_shape(run.extend_body, model, ids, count, state)
         assert logits.dtype == np.float32
-        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, cache)
-    assert cache.layers[0].window.dtype == (cache_dtype or dtype)
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert state.layers[0].window.format == execution.cache_format.window_format(model.config.attention)
     assert jax.eval_shape(lambda m, i: run.forward_body(m, i, False)[0], model, ids).dtype == np.float32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "cache_dtype"), PRECISIONS)
-def test_low_precision_ways_agree_as_far_as_they_can(ways, full, dtype, cache_dtype):
+@pytest.mark.parametrize(("dtype", "cache"), PRECISIONS)
+def test_low_precision_ways_agree_as_far_as_they_can(ways, full, dtype, cache):
     """Rounding may flip a close choice of expert or entry: most tokens agree well, and all of them roughly."""
     model, ids, want = full("small")
-    model = model.replace(execution=Execution(dtype=dtype, cache_dtype=cache_dtype))
+    model = model.replace(execution=Execution(dtype=dtype, cache=CACHE_FORMATS.get(cache)))
     spread = want.std()
     whole = np.asarray(ways.forward(model, ids))
     chunks, _ = ways.through_chunks(model, ids, 128, CHUNK, ways.empty(model, BATCH, TOKENS))

@@ -71,15 +71,15 @@ def test_every_e4m3_code_times_every_scale(jitted):
 
 def test_every_e2m1_code_times_every_scale():
     packed = (np.arange(0, 16, 2) | np.arange(1, 16, 2) << 4).astype(np.uint8)  # codes 0..15 in order
-    x = quant_tensor(np.tile(packed, (256, 1)), ALL_SCALES[:, None], MXFP4)
-    same_bits(dequantize(x), exact_products(VECTORS["e2m1_values"]))
+    x = quant_tensor(np.tile(packed, (256, 2)), ALL_SCALES[:, None], MXFP4)
+    same_bits(dequantize(x), exact_products(np.tile(VECTORS["e2m1_values"], 2)))
 
 
 def test_leading_axes_are_independent_tensors():
     rng = np.random.default_rng(0)
-    values, scale = rng.integers(0, 256, (3, 5, 40), np.uint8), rng.integers(100, 140, (3, 5, 3), np.uint8)
+    values, scale = rng.integers(0, 256, (3, 5, 48), np.uint8), rng.integers(100, 140, (3, 5, 3), np.uint8)
     stacked = quant_tensor(values, scale, MXFP4)
-    assert stacked.validate() == [] and stacked.shape == (3, 5, 80)
+    assert stacked.validate() == [] and stacked.shape == (3, 5, 96)
     for e in range(3):
         same_bits(dequantize(stacked)[e], dequantize(quant_tensor(values[e], scale[e], MXFP4)))
 
@@ -104,11 +104,11 @@ def test_is_a_pytree_with_static_format():
 
 
 def test_validate_lists_everything_wrong_and_dequantize_refuses():
-    x = QuantTensor(jnp.zeros((4, 16), jnp.int8), jnp.zeros((4, 2), jnp.float32), MXFP4)
+    x = QuantTensor(jnp.zeros((4, 32), jnp.int8), jnp.zeros((4, 3), jnp.float32), MXFP4)
     problems = x.validate()
     assert len(problems) == 3
-    assert "int8" in problems[0] and "float32" in problems[1] and "(4, 1)" in problems[2]
-    with pytest.raises(ValueError, match="not a mxfp4 tensor: values are int8"):
+    assert "int8" in problems[0] and "float32" in problems[1] and "(4, 2)" in problems[2]
+    with pytest.raises(ValueError, match="not a e2m1:1x32:ue8m0 tensor: values are int8"):
         dequantize(x)
     with pytest.raises(ValueError, match="multiple of 2"):
         MXFP4.values_shape((4, 33))

@@ -13,13 +13,14 @@ from dsv4.model.attention.compressor import Compressor
 from dsv4.model.attention.index_loss import index_divergence
 from dsv4.model.attention.indexer import Indexer
 from dsv4.model.attention.select import Selection, select_all, select_best, visible
-from dsv4.model.cache import LayerCache, window_index
+from dsv4.model.cache import LayerCache, read_window, window_index, write_window
 from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.model.rope import frequencies
 from dsv4.parameters import SpecTree
 from pallas_kernels.block_matmul import block_diagonal_matmul
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
+from pallas_kernels.quant import Rows, as_cached
+from pallas_kernels.ring import MAX_STEP
 from pallas_kernels.rotary import rotate
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
 
@@ -27,13 +28,14 @@ from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_p
 class AttentionTrace(NamedTuple):
     """What a layer selected and stored; None where its kind has no such thing.
 
-    selected int32 [B, T, k] entry numbers, -1 for none. entries [B, C, K], index_keys [B, C, Ki].
+    selected int32 [B, T, k] entry numbers, -1 for none. entries [B, C, K], index_keys [B, C, Ki]: as a cache would
+    store them, keys of a rotated format rotated.
     index_divergence float32 [B, T]: KL of the index scores to the attention itself (training's indexer loss).
     """
 
     selected: jax.Array | None
-    entries: jax.Array | None
-    index_keys: jax.Array | None
+    entries: jax.Array | Rows | None
+    index_keys: jax.Array | Rows | None
     index_divergence: jax.Array | None
 
 
@@ -42,6 +44,8 @@ class Attention(nnx.Module):
         a = config.attention
         self.config, self.layer, self.top_k = a, layer, config.indexer.top_k
         self.norm_eps, self.implementation = config.norm_eps, execution.implementation
+        self.activations, stored = execution.activations, execution.cache_format
+        self.stored = stored.window_format(a)
         self.wq_a = Linear(specs["wq_a"])
         self.q_norm = RMSNorm(specs["q_norm"], config.norm_eps)
         self.wq_b = Linear(specs["wq_b"])
@@ -50,8 +54,10 @@ class Attention(nnx.Module):
         self.wo_a = Linear(specs["wo_a"])
         self.wo_b = Linear(specs["wo_b"])
         self.attn_sink = declare(specs["attn_sink"]) if a.sink else None
-        self.compressor = Compressor(specs["compressor"], config.norm_eps) if layer.compressed else None
-        self.indexer = Indexer(specs["indexer"], config) if layer.kind == "csa" else None
+        self.compressor = (
+            Compressor(specs["compressor"], config.norm_eps, stored.entry_format(a)) if layer.compressed else None
+        )
+        self.indexer = Indexer(specs["indexer"], config, execution) if layer.kind == "csa" else None
 
     def __call__(
         self,
@@ -69,9 +75,9 @@ class Attention(nnx.Module):
         """
         position = start[:, None] + jnp.arange(x.shape[1])[None]
         rope = frequencies(self.config, self.layer)
-        q_latent = self.q_norm(self.wq_a(x, implementation=self.implementation))
+        q_latent = self.q_norm(self._project(self.wq_a, x))
         q = self._queries(q_latent, position, rope)
-        kv = self.kv_norm(self.wkv(x, implementation=self.implementation))
+        kv = self.kv_norm(self._project(self.wkv, x))
         kv = rotate(kv, position, rope)
 
         entries = compressed = keys = index = scores = None
@@ -96,12 +102,12 @@ class Attention(nnx.Module):
             selection = selection if attend_all else best
         out, lse, window = self._attend(q, kv, start, count, cache, entries, selection)
         divergence = None
-        if scores is not None and entries is not None:
+        if scores is not None and isinstance(entries, jax.Array):  # a full sequence, as in training
             seen = visible(position, self.layer.ratio)
             divergence = index_divergence(q, entries, lse, self._sink(), scores, seen, self._scale)
         trace = AttentionTrace(selection and selection.indices, entries, keys, divergence)
         new_cache = None if window is None else LayerCache(window, compressed, index)
-        return self._project(out, position, rope), new_cache, trace
+        return self._output(out, position, rope), new_cache, trace
 
     @property
     def _scale(self) -> float:
@@ -110,9 +116,12 @@ class Attention(nnx.Module):
     def _sink(self) -> jax.Array | None:
         return None if self.attn_sink is None else read(self.attn_sink)
 
+    def _project(self, linear: Linear, x: jax.Array) -> jax.Array:
+        return linear(x, activations=self.activations, implementation=self.implementation)
+
     def _queries(self, q_latent: jax.Array, position: jax.Array, rope: jax.Array) -> jax.Array:
         heads, head_dim = self.config.heads, self.config.head_dim
-        q = self.wq_b(q_latent, implementation=self.implementation)
+        q = self._project(self.wq_b, q_latent)
         q = rms_norm(q.reshape(*q.shape[:2], heads, head_dim), None, self.norm_eps)
         return rotate(q, position[..., None].repeat(heads, axis=-1), rope)
 
@@ -123,9 +132,9 @@ class Attention(nnx.Module):
         start: jax.Array,
         count: jax.Array,
         cache: LayerCache | None,
-        entries: jax.Array | None,
+        entries: jax.Array | Rows | None,
         selection: Selection | None,
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array, Rows | None]:
         """Output [B, T, H, K], log-sum-exp [B, T, H], and the window ring with the new tokens in it."""
         picked = (entries, selection and selection.indices, selection and selection.counts, self._sink())
         how = {"scale": self._scale, "implementation": self.implementation}
@@ -133,24 +142,25 @@ class Attention(nnx.Module):
         full = self.layer.kind == "full"
         if cache is None:
             width = tokens if full else self.config.window
-            return *sparse_attention_prefill(q, kv, start, *picked, width=width, **how), None
-        ring = write_ring(cache.window, kv, start, count)
+            band = as_cached(kv, self.stored)
+            return *sparse_attention_prefill(q, band, start, *picked, width=width, **how), None
+        ring = write_window(cache.window, kv, start, count)
         slots = ring.shape[1]
         width = slots - MAX_STEP + 1 if full else self.config.window
         if tokens <= MAX_STEP:
             position = start[:, None] + jnp.arange(tokens)[None]
             index = window_index(position, width, slots)
             return *sparse_attention(q, ring, index, *picked, **how), ring
-        history = read_ring(cache.window, start - (width - 1), width - 1).astype(kv.dtype)
+        history = read_window(cache.window, start - (width - 1), width - 1, kv.dtype)
         real = jnp.arange(tokens)[None, :, None] < count[:, None, None]  # what pads a chunk may be NaN
-        stored = jnp.where(real, kv, 0).astype(ring.dtype).astype(kv.dtype)  # what the cache keeps, however chunked
+        stored = as_cached(jnp.where(real, kv, 0), self.stored)  # what the cache keeps, however chunked
         band = jnp.concatenate([history, stored], axis=1)
         return *sparse_attention_prefill(q, band, start, *picked, width=width, **how), ring
 
-    def _project(self, out: jax.Array, position: jax.Array, rope: jax.Array) -> jax.Array:
+    def _output(self, out: jax.Array, position: jax.Array, rope: jax.Array) -> jax.Array:
         """Rotates the output back (its values were rotated keys), then the grouped low-rank projection."""
         heads, groups = self.config.heads, self.config.o_groups
         out = rotate(out, position[..., None].repeat(heads, axis=-1), rope, inverse=True)
         grouped = out.reshape(*out.shape[:2], groups, -1)
         low = block_diagonal_matmul(grouped, read(self.wo_a.weight), implementation=self.implementation)
-        return self.wo_b(low, implementation=self.implementation)
+        return self._project(self.wo_b, low)

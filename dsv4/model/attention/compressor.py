@@ -10,10 +10,14 @@ from dsv4.model.cache import CompressedCache, write_entries
 from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.parameters import SpecTree
 from pallas_kernels.compress import compress
+from pallas_kernels.formats import RowFormat
+from pallas_kernels.quant import Rows, as_cached
 
 
 class Compressor(nnx.Module):
-    def __init__(self, specs: SpecTree, norm_eps: float):
+    def __init__(self, specs: SpecTree, norm_eps: float, stored: RowFormat):
+        """stored: how a cache keeps the entries, which is how they are seen with or without one."""
+        self.stored = stored
         self.wkv = Linear(specs["wkv"])
         self.wgate = Linear(specs["wgate"])
         self.ape = declare(specs["ape"])
@@ -27,8 +31,8 @@ class Compressor(nnx.Module):
         frequencies: jax.Array,
         cache: CompressedCache | None,
         implementation: str,
-    ) -> tuple[jax.Array, CompressedCache | None]:
-        """All entries [B, C, K] that exist after tokens x [B, T, D], and the cache that holds them.
+    ) -> tuple[jax.Array | Rows, CompressedCache | None]:
+        """All entries [B, C, K], as stored, that exist after tokens x [B, T, D], and the cache that holds them.
 
         Without a cache (full sequence) entry numbers are 0..T//m-1 and every one of them is finished.
         """
@@ -40,6 +44,6 @@ class Compressor(nnx.Module):
             norm_eps=self.norm.eps, implementation=implementation,
         )  # fmt: skip
         if cache is None or state is None:
-            return entries.values.astype(x.dtype), None
+            return as_cached(entries.values, self.stored).astype(x.dtype), None
         written = write_entries(cache.entries, entries)
         return written, CompressedCache(written, state)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from dsv4.config import ModelConfig
+from dsv4.config import Execution, ModelConfig
 from dsv4.model.attention.compressor import Compressor
 from dsv4.model.cache import CompressedCache
 from dsv4.model.layers import Linear
 from dsv4.parameters import SpecTree
 from pallas_kernels.index_scores import index_scores
+from pallas_kernels.quant import Rows, as_cached
 from pallas_kernels.rotary import rotate
 
 
 class Indexer(nnx.Module):
-    def __init__(self, specs: SpecTree, config: ModelConfig):
+    def __init__(self, specs: SpecTree, config: ModelConfig, execution: Execution):
+        self.stored, self.activations = execution.cache_format.index_format(), execution.activations
         self.wq_b = Linear(specs["wq_b"])
         self.weights_proj = Linear(specs["weights_proj"])
-        self.compressor = Compressor(specs["compressor"], config.norm_eps)
+        self.compressor = Compressor(specs["compressor"], config.norm_eps, self.stored)
         self.heads, self.head_dim = config.indexer.heads, config.indexer.head_dim
 
     def __call__(
@@ -31,16 +33,18 @@ class Indexer(nnx.Module):
         frequencies: jax.Array,
         cache: CompressedCache | None,
         implementation: str,
-    ) -> tuple[jax.Array, jax.Array, CompressedCache | None]:
-        """Scores float32 [B, T, C] of every entry, the index keys [B, C, Ki], and their cache.
+    ) -> tuple[jax.Array, jax.Array | Rows, CompressedCache | None]:
+        """Scores float32 [B, T, C] of every entry, the index keys [B, C, Ki] as stored, and their cache.
 
         Inputs are stop-gradiented: a selection is a list of integers, so the only gradient the indexer ever gets
         is that of its own loss, which must not reach the rest of the model.
         """
         x, q_latent = jax.lax.stop_gradient((x, q_latent))
         batch, tokens, _ = x.shape
-        q = self.wq_b(q_latent, implementation=implementation).reshape(batch, tokens, self.heads, self.head_dim)
+        q = self.wq_b(q_latent, activations=self.activations, implementation=implementation)
+        q = q.reshape(batch, tokens, self.heads, self.head_dim)
         q = rotate(q, position[..., None].repeat(self.heads, axis=-1), frequencies)
+        q = as_cached(q, self.stored)  # rotated and rounded as the keys are
         weights = self.weights_proj(x, implementation=implementation) * (self.head_dim * self.heads) ** -0.5
         keys, cache = self.compressor(x, start, count, frequencies, cache, implementation)
         return index_scores(q, keys, weights, implementation=implementation), keys, cache

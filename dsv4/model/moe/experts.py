@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
 from dsv4.model.layers import Linear, declare, read
 from dsv4.parameters import SpecTree
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import expert_down, expert_gate_up
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import swiglu
@@ -19,11 +22,12 @@ class SharedExpert(nnx.Module):
         self.w1, self.w3, self.w2 = Linear(specs["w1"]), Linear(specs["w3"]), Linear(specs["w2"])
         self.limit = limit
 
-    def __call__(self, x: jax.Array, implementation: str) -> jax.Array:
-        hidden = swiglu(
-            self.w1(x, implementation=implementation), self.w3(x, implementation=implementation), self.limit
-        )
-        return self.w2(hidden.astype(x.dtype), implementation=implementation)
+    def __call__(self, x: jax.Array, activations: QuantFormat | None, implementation: str) -> jax.Array:
+        def project(linear: Linear, x: jax.Array) -> jax.Array:
+            return linear(x, activations=activations, implementation=implementation)
+
+        hidden = swiglu(project(self.w1, x), project(self.w3, x), self.limit)
+        return project(self.w2, hidden.astype(x.dtype))
 
 
 class Stack(nnx.Module):
@@ -38,9 +42,11 @@ class RoutedExperts(nnx.Module):
         self.w1, self.w3, self.w2 = Stack(specs["w1"]), Stack(specs["w3"]), Stack(specs["w2"])
         self.limit = limit
 
-    def __call__(self, x: jax.Array, routing: Routing, implementation: str) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, routing: Routing, activations: QuantFormat | None, implementation: str
+    ) -> jax.Array:
         """Sum over its experts of weight * expert(token), for tokens x [N, D]."""
-        hidden = expert_gate_up(
-            x, read(self.w1.weight), read(self.w3.weight), routing, limit=self.limit, implementation=implementation
-        )
-        return expert_down(hidden, read(self.w2.weight), routing, implementation=implementation)
+        how: Any = {"activations": activations, "implementation": implementation}
+        w1, w3, w2 = (read(stack.weight) for stack in (self.w1, self.w3, self.w2))
+        hidden = expert_gate_up(x, w1, w3, routing, limit=self.limit, **how)
+        return expert_down(hidden, w2, routing, **how)

@@ -91,8 +91,9 @@ class QuantFormat:
             raise FormatError(f"tile is {self.tile}: (rows, columns), each at least 1 or None for the whole axis")
         if self.tile[1] is not None and self.tile[1] % self.packing:
             raise FormatError(f"tile is {self.tile}: {self.element} puts {self.packing} codes of a row in one byte")
-        if self.floor is not None and not (self.floor > 0 and math.isfinite(self.floor)):
-            raise FormatError(f"floor is {self.floor}: a positive number, or None")
+        least = self.largest * SMALLEST_NORMAL
+        if self.floor is not None and not least <= self.floor <= self.amax_ceiling:
+            raise FormatError(f"floor is {self.floor}: from {least:.3g} to {self.amax_ceiling:.3g}, or None")
         if self.scale == "ue8m0":
             object.__setattr__(self, "power_of_two", True)
 
@@ -127,6 +128,14 @@ class QuantFormat:
     def amax_floor(self) -> float:
         return self.largest * SMALLEST_NORMAL if self.floor is None else self.floor
 
+    @property
+    def amax_ceiling(self) -> float:
+        """The largest magnitude times the largest power of two such that float32 holds the product: tiles saturate
+        there. With a larger scale, 3.4e38 would round up to 2^128, which is infinity.
+        """
+        _, exponent = math.frexp(self.largest)
+        return self.largest * 2.0 ** (128 - exponent)
+
     def unsupported_reason(self, shape: tuple[int, ...]) -> str | None:
         """Why a logical `shape` cannot be held; None if it can."""
         if len(shape) < 2:
@@ -158,38 +167,6 @@ class QuantFormat:
             raise FormatError(f"{self.name} cannot hold this: {reason}")
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """How one row of channels lies in a cache: plain, or its leading channels quantised and the last `tail` in bf16.
-
-    quant: tiles of one row, None for a plain row. scales: bytes a row reserves for its scales are a multiple of
-    `scale_align`. fixed_scale: one scale for every row instead of stored ones. hadamard: rows are rotated before
-    (queries must be rotated alike).
-    """
-
-    quant: QuantFormat | None = None
-    plain: Plain = "bfloat16"
-    tail: int = 0
-    scale_align: int = 1
-    fixed_scale: float | None = None
-    hadamard: bool = False
-
-    def nbytes(self, width: int) -> int:
-        """Bytes of a row of `width` channels, reserved ones included."""
-        if self.quant is None:
-            return width * (4 if self.plain == "float32" else 2)
-        codes = -(-(width - self.tail) // self.quant.packing)
-        return codes + 2 * self.tail + self.scales(width) * SCALES[self.quant.scale][1]
-
-    def scales(self, width: int) -> int:
-        """Scales a row stores, reserved ones included."""
-        if self.quant is None or self.fixed_scale is not None:
-            return 0
-        columns = self.quant.tile[1]
-        count = 1 if columns is None else -(-(width - self.tail) // columns)
-        return -(-count // self.scale_align) * self.scale_align
-
-
 def parse_format(text: str) -> QuantFormat | None:
     """A named format of FORMATS, `plain` (None), or one spelled out: `e4m3:1x128:ue8m0`. Raises FormatError."""
     if text == "plain":
@@ -201,7 +178,7 @@ def parse_format(text: str) -> QuantFormat | None:
         raise FormatError(f"no format {text!r}: plain, {', '.join(FORMATS)}, or ELEMENT:TILE:SCALE as e4m3:1x128:ue8m0")
     tile, scale = rest
     try:
-        sides = _TILE_NAMES[tile] if tile in _TILE_NAMES else tuple(map(int, tile.split("x")))
+        sides = _TILE_NAMES.get(tile) or tuple(None if side == "all" else int(side) for side in tile.split("x"))
         form = QuantFormat(typing.cast(Element, element), typing.cast(Tile, sides), typing.cast(ScaleType, scale))
     except ValueError as error:
         raise FormatError(f"no format {text!r}: {error}") from None
@@ -248,38 +225,3 @@ FORMATS: dict[str, QuantFormat] = {
     "int8_tensor": QuantFormat("int8", (None, None)),
     "int8_row": QuantFormat("int8", (1, None)),
 }
-
-
-def entry_format(kind: str, rope_dim: int) -> RowFormat:
-    """How window and compressed entries are cached. fp8 is the interchange format: rotary channels stay bf16.
-
-    fp8_tensor has one scale, 1, for everything: an entry comes out of an RMSNorm, so that its magnitudes lie well
-    inside what E4M3 resolves (2^-9 to 448). Raises FormatError.
-    """
-    match kind:
-        case "float32" | "bfloat16":
-            return RowFormat(plain=kind)
-        case "fp8":
-            return RowFormat(FP8_ENTRY, tail=rope_dim, scale_align=8)
-        case "fp8_tensor":
-            return RowFormat(FORMATS["fp8_tensor"], fixed_scale=1.0)
-        case "int8":
-            return RowFormat(FORMATS["int8_row"])
-    raise FormatError(f"cached entries cannot be {kind!r}: {', '.join(ENTRY_KINDS)}")
-
-
-def index_format(kind: str) -> RowFormat:
-    """How index keys are cached; the quantised ones are Hadamard-rotated first. Raises FormatError."""
-    match kind:
-        case "float32" | "bfloat16":
-            return RowFormat(plain=kind)
-        case "fp8":
-            form = QuantFormat("e4m3", (1, None), "float32", floor=ACTIVATION_FLOOR, power_of_two=True)
-            return RowFormat(form, hadamard=True)
-        case "fp4":
-            return RowFormat(MXFP4, hadamard=True)
-    raise FormatError(f"index keys cannot be {kind!r}: {', '.join(INDEX_KINDS)}")
-
-
-ENTRY_KINDS = ("float32", "bfloat16", "fp8", "fp8_tensor", "int8")
-INDEX_KINDS = ("float32", "bfloat16", "fp8", "fp4")

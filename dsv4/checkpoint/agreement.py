@@ -10,7 +10,8 @@ import numpy as np
 
 from dsv4.checkpoint.layout import StoredLeaf
 from dsv4.checkpoint.safetensors import DTYPES
-from dsv4.config.model import ConfigError, ModelConfig
+from dsv4.config.errors import ConfigError
+from dsv4.config.model import ModelConfig
 from dsv4.config.released import from_released, to_released
 from dsv4.parameters import tensor_name
 from pallas_kernels.quant import QuantTensor

@@ -7,7 +7,8 @@ import types
 import typing
 from typing import Any
 
-from dsv4.config.model import ConfigError, ModelConfig
+from dsv4.config.errors import ConfigError
+from dsv4.config.model import ModelConfig
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:

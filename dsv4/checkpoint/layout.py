@@ -21,7 +21,7 @@ from typing import Any, Literal
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.config.model import ModelConfig
 from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs, tensor_name
-from pallas_kernels.quant import FP8_BLOCK, MXFP4, QuantFormat
+from pallas_kernels.quant import QuantFormat
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,10 @@ def stored_leaves(config: ModelConfig, layers: range | None = None) -> Iterator[
 
 def quant_format(config: ModelConfig, spec: Spec) -> tuple[QuantFormat | None, str]:
     """The number format of a leaf (None: not quantised), and the config.json key that says so."""
-    storage = config.storage
-    if spec.kind == "dense":
-        return (FP8_BLOCK if storage.dense == "fp8" else None), "quantization_config"
-    if spec.kind == "expert":
-        formats = {"plain": None, "fp8": FP8_BLOCK, "fp4": MXFP4}
-        return formats[storage.experts], "expert_dtype" if storage.dense == "fp8" else "quantization_config"
-    return None, "torch_dtype"
+    form = config.storage.format_of(spec.kind)
+    if spec.kind == "expert" and config.storage.dense == "fp8":
+        return form, "expert_dtype"
+    return form, "torch_dtype" if form is None and spec.kind not in ("dense", "expert") else "quantization_config"
 
 
 def _tensors(config: ModelConfig, name: str, spec: Spec, fmt: QuantFormat | None) -> Iterator[StoredTensor]:
@@ -95,7 +92,7 @@ def _tensors(config: ModelConfig, name: str, spec: Spec, fmt: QuantFormat | None
             continue
         # The Base checkpoints store the scales of 128 x 128 tiles as F32 powers of two: the same scales,
         # unpacked.
-        codes, scales = (("I8", "U8"), ("F8_E8M0",)) if fmt == MXFP4 else (("F8_E4M3",), ("F8_E8M0", "F32"))
+        codes, scales = (("I8", "U8"), ("F8_E8M0",)) if fmt.element == "e2m1" else (("F8_E4M3",), ("F8_E8M0", "F32"))
         sibling = single.removesuffix("weight") + "scale"
         yield StoredTensor(single, fmt.values_shape(shape), codes, "values", expert)
         yield StoredTensor(sibling, fmt.scale_shape(shape), scales, "scale", expert)

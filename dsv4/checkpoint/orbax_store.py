@@ -20,7 +20,8 @@ import numpy as np
 from dsv4.checkpoint.config_json import config_from_dict, config_to_dict
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.writer import Model, replacing, require_vacant
-from dsv4.config.model import ConfigError, ModelConfig
+from dsv4.config.errors import ConfigError
+from dsv4.config.model import ModelConfig
 from dsv4.parameters import tensor_name
 from pallas_kernels.formats import FormatError, parse_format
 from pallas_kernels.quant import QuantTensor

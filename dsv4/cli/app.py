@@ -45,7 +45,7 @@ the same everywhere:
 # Errors that are the user's to fix: their message is all there is to say. A module that was never imported has raised
 # nothing, so none is imported for this.
 USER_ERRORS = {
-    "dsv4.config.model": "ConfigError",
+    "dsv4.config.errors": "ConfigError",
     "dsv4.checkpoint.errors": "CheckpointError",
     "dsv4.decoding.inputs": "InputError",
     "dsv4.training.errors": "DataError",

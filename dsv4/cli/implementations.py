@@ -19,7 +19,7 @@ from dsv4.model.cache import init_cache
 from dsv4.model.handle import Model
 from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs
 from pallas_kernels.dispatch import OPS, Candidate, Op
-from pallas_kernels.quant import FP8_BLOCK, MXFP4, QuantTensor
+from pallas_kernels.quant import QuantTensor
 
 CONTEXT = 4096
 # Tokens of each sequence in the traced call, and sequences.
@@ -126,18 +126,12 @@ def abstract_parameters(config: ModelConfig) -> dict[Any, Any]:
 
 def _abstract(spec: Spec, config: ModelConfig) -> Any:
     storage = config.storage
-    match {"dense": storage.dense, "expert": storage.experts}.get(spec.kind, "plain"):
-        case "plain":
-            dtype = storage.dtype
-            if spec.kind == "hash":
-                dtype = "int32"
-            elif spec.kind in FLOAT32_CLASSES:
-                dtype = "float32"
-            return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
-        case form:
-            quantised = FP8_BLOCK if form == "fp8" else MXFP4
-            return QuantTensor(
-                jax.ShapeDtypeStruct(quantised.values_shape(spec.shape), quantised.values_dtype),
-                jax.ShapeDtypeStruct(quantised.scale_shape(spec.shape), quantised.scale_dtype),
-                quantised,
-            )
+    if (form := storage.format_of(spec.kind)) is not None:
+        values = jax.ShapeDtypeStruct(form.values_shape(spec.shape), form.values_dtype)
+        return QuantTensor(values, jax.ShapeDtypeStruct(form.scale_shape(spec.shape), form.scale_dtype), form)
+    dtype = storage.dtype
+    if spec.kind == "hash":
+        dtype = "int32"
+    elif spec.kind in FLOAT32_CLASSES:
+        dtype = "float32"
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))

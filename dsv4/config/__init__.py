@@ -4,21 +4,22 @@ Nothing in this package imports jax, so that a command line can answer questions
 """
 
 from dsv4.config.cache import CACHE_FORMATS, CacheFormat
+from dsv4.config.errors import ConfigError
 from dsv4.config.execution import Execution
 from dsv4.config.model import (
     AttentionConfig,
-    ConfigError,
     HyperConnectionConfig,
     IndexerConfig,
     LayerConfig,
     ModelConfig,
     MoEConfig,
-    StorageConfig,
     YarnConfig,
 )
 from dsv4.config.named import NamedConfig, load_config, names
 from dsv4.config.overrides import apply_overrides, replace
+from dsv4.config.recipe import RECIPES, Recipe, execution_for, find_recipe
 from dsv4.config.released import read_released, write_released
+from dsv4.config.storage import StorageConfig
 from dsv4.config.training import TrainConfig
 
 __all__ = [
@@ -34,9 +35,13 @@ __all__ = [
     "ModelConfig",
     "NamedConfig",
     "StorageConfig",
+    "RECIPES",
+    "Recipe",
     "TrainConfig",
     "YarnConfig",
     "apply_overrides",
+    "execution_for",
+    "find_recipe",
     "load_config",
     "names",
     "read_released",

@@ -6,8 +6,9 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv4.config.model import AttentionConfig, require
-from pallas_kernels.formats import RowFormat, entry_format, index_format
+from dsv4.config.errors import require
+from dsv4.config.model import AttentionConfig
+from pallas_kernels.row_format import RowFormat, entry_format, index_format
 
 EntryKind = Literal["float32", "bfloat16", "fp8", "fp8_tensor", "int8"]
 IndexKind = Literal["float32", "bfloat16", "fp8", "fp4"]

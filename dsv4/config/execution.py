@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv4.config.cache import CACHE_FORMATS, CacheFormat
-from dsv4.config.model import require
+from dsv4.config.errors import require
 from pallas_kernels.formats import QuantFormat
 
 Float = Literal["float32", "bfloat16"]

@@ -6,7 +6,8 @@ import re
 import typing
 from typing import Any
 
-from dsv4.config.model import ConfigError, LayerConfig
+from dsv4.config.errors import ConfigError
+from dsv4.config.model import LayerConfig
 
 _WORD = re.compile(r"(?:(?P<kind>[a-z]+)(?::(?P<ratio>\d+))?|(?P<code>\d+))(?:\*(?P<times>[1-9]\d*))?")
 

@@ -6,28 +6,16 @@ A variant is `dataclasses.replace`; a sweep is a list of dotted overrides. Field
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+from dsv4.config.errors import one_of, require
+from dsv4.config.storage import StorageConfig
 
 LayerKind = Literal["window", "csa", "hca", "full"]
 Scoring = Literal["sqrtsoftplus", "softmax", "sigmoid"]
 Residual = Literal["hyper", "plain"]
 SCORINGS: tuple[str, ...] = get_args(Scoring)
-
-
-class ConfigError(ValueError):
-    """A config that cannot be built: the message names the field, its value and what is allowed."""
-
-
-def one_of(allowed: Sequence[str]) -> str:
-    """`a, b or c`, for messages."""
-    return " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)
@@ -169,25 +157,6 @@ class HyperConnectionConfig:
         require(self.kind == "hyper" or self.streams == 1, f"residual.streams is {self.streams}: plain means 1")
         require(self.sinkhorn_iterations >= 1, f"residual.sinkhorn_iterations is {self.sinkhorn_iterations}: >= 1")
         require(self.eps >= 0, f"residual.eps is {self.eps}: it cannot be negative")
-
-
-@dataclass(frozen=True)
-class StorageConfig:
-    """How a released checkpoint of this model stores its weights (SPEC section 3)."""
-
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # whatever is not quantised
-    dense: Literal["plain", "fp8"] = "plain"  # fp8: E4M3 in 128x128 blocks, UE8M0 scales
-    experts: Literal["plain", "fp8", "fp4"] = "plain"  # fp4: MXFP4, two codes a byte
-
-    def __post_init__(self) -> None:
-        require(self.dtype in ("bfloat16", "float32"), f"storage.dtype is {self.dtype!r}: bfloat16 or float32")
-        require(self.dense in ("plain", "fp8"), f"storage.dense is {self.dense!r}: plain or fp8")
-        require(self.experts in ("plain", "fp8", "fp4"), f"storage.experts is {self.experts!r}: plain, fp8 or fp4")
-        require(
-            self.experts == "plain" or self.dense == "fp8",
-            f"storage.experts is {self.experts!r} with storage.dense {self.dense!r}: the released layout has "
-            "quantised experts only beside fp8 dense weights",
-        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsv4.config.model import ConfigError, ModelConfig
+from dsv4.config.errors import ConfigError
+from dsv4.config.model import ModelConfig
 from dsv4.config.released import read_released
 from dsv4.config.training import TrainConfig
 

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from dsv4.config.cache import CACHE_FORMATS, CacheFormat
+from dsv4.config.errors import ConfigError, one_of
 from dsv4.config.layers import parse_layers
-from dsv4.config.model import ConfigError, LayerConfig, one_of
+from dsv4.config.model import LayerConfig
 from pallas_kernels.formats import FORMATS, FormatError, QuantFormat, parse_format
 
 Changes = dict[str, Any]  # field -> its new value, or the Changes of the config it holds

@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.config import released_keys as keys
-from dsv4.config.model import (
-    AttentionConfig,
-    ConfigError,
-    HyperConnectionConfig,
-    IndexerConfig,
-    ModelConfig,
-    MoEConfig,
-    StorageConfig,
-    YarnConfig,
-)
+from dsv4.config.errors import ConfigError
+from dsv4.config.model import AttentionConfig, HyperConnectionConfig, IndexerConfig, ModelConfig, MoEConfig, YarnConfig
 from dsv4.config.released_schedule import DSPARK, is_dspark, schedule, wrong_schedule
 from dsv4.config.released_write import to_released, write_released
+from dsv4.config.storage import StorageConfig
 
 __all__ = ["from_released", "read_released", "to_released", "write_released"]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-from dsv4.config.model import SCORINGS, one_of
+from dsv4.config.errors import one_of
+from dsv4.config.model import SCORINGS
 
 Kind = type[int] | type[float] | type[bool] | tuple[str, ...]
 

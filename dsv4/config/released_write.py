@@ -9,8 +9,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from dsv4.config.errors import ConfigError
 from dsv4.config.layers import released_layer
-from dsv4.config.model import ConfigError, LayerConfig, ModelConfig
+from dsv4.config.model import LayerConfig, ModelConfig
 from dsv4.config.released_keys import FIXED, KEYS, LAYER_TYPES, SECOND_NAMES, WRITTEN, section
 
 

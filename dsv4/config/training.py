@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv4.config.model import require
+from dsv4.config.errors import require
 
 
 @dataclass(frozen=True)

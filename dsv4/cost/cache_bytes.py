@@ -7,7 +7,7 @@ HCA layer one entry, a full layer one entry every token. The fixed part is each 
 from __future__ import annotations
 
 from dsv4.config import AttentionConfig, CacheFormat, ModelConfig
-from pallas_kernels.formats import entry_format, index_format
+from pallas_kernels.row_format import entry_format, index_format
 
 DRAFT_ROWS = 3  # pallas_kernels.ring.MAX_STEP - 1, which this module cannot import: it would load jax
 

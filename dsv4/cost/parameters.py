@@ -8,8 +8,6 @@ from fractions import Fraction
 from dsv4.config import ModelConfig, StorageConfig
 from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs
 
-FP8_TILE = 128  # an fp8 weight has one scale byte for every 128 x 128 block
-FP4_GROUP = 32  # an fp4 weight has one scale byte for every 32 codes of a row
 HASH_BYTES = 8  # released hash tables are int64
 
 
@@ -56,12 +54,5 @@ def _stored_bytes(spec: Spec, storage: StorageConfig) -> int:
         return spec.size * HASH_BYTES
     if spec.kind in FLOAT32_CLASSES:
         return spec.size * 4
-    match {"dense": storage.dense, "expert": storage.experts}.get(spec.kind, "plain"):
-        case "fp8":
-            *stack, out, into = spec.shape
-            blocks = -(-out // FP8_TILE) * -(-into // FP8_TILE)
-            return spec.size + blocks * (stack[0] if stack else 1)
-        case "fp4":
-            return spec.size // 2 + spec.size // spec.shape[-1] * -(-spec.shape[-1] // FP4_GROUP)
-        case _:
-            return spec.size * (4 if storage.dtype == "float32" else 2)
+    form = storage.format_of(spec.kind)
+    return spec.size * (4 if storage.dtype == "float32" else 2) if form is None else form.nbytes(spec.shape)

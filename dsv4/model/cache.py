@@ -17,9 +17,9 @@ from jax.typing import DTypeLike
 
 from dsv4.config import Execution, LayerConfig, ModelConfig
 from pallas_kernels.compress import CompressorState, Entries, initial_state
-from pallas_kernels.formats import RowFormat
 from pallas_kernels.quant import Rows, decode_rows, empty_rows, encode_rows
 from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
+from pallas_kernels.row_format import RowFormat
 
 
 class CompressedCache(NamedTuple):

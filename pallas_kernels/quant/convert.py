@@ -35,6 +35,7 @@ def quantize(
     if (key is None) != (form.rounding == "nearest"):
         raise ValueError(f"rounding is {form.rounding!r}, key {key}: stochastic rounding, and only it, takes a key")
     wide = x.astype(jnp.float32)
+    own = scale is None
     if scale is None:
         scale = _scales(wide, form)
     elif np.dtype(scale.dtype) != form.scale_dtype:
@@ -43,7 +44,7 @@ def quantize(
     spread = _spread(scale, form, x.shape)
     if form.scale == "ue8m0":
         ratio = divide_by_power_of_two(wide, jax.lax.bitcast_convert_type(spread, jnp.uint8).astype(jnp.int32))
-    elif form.power_of_two:
+    elif form.power_of_two and own:  # a scale that was given may be any number
         codes = jnp.where(jnp.isnan(spread), 255, (bits_of(spread.astype(jnp.float32)) >> 23).astype(jnp.int32))
         ratio = divide_by_power_of_two(wide, codes)
     else:
@@ -78,15 +79,18 @@ def round_trip(x: Float[Array, "... rows columns"], form: QuantFormat) -> Float[
 def _scales(x: Float32[Array, "... rows columns"], form: QuantFormat) -> Shaped[Array, ...]:
     """One scale a tile, of the format's scale type; NaN where the tile is not finite throughout."""
     amax = jnp.maximum(_tile_amax(x, form), np.float32(form.amax_floor))  # NaN stays NaN
+    amax = jnp.where(jnp.isfinite(amax), jnp.minimum(amax, np.float32(form.amax_ceiling)), jnp.nan)
     codes = scale_code(amax, form.largest)
     if form.scale == "ue8m0":
         return jax.lax.bitcast_convert_type(codes, form.scale_dtype)
     if form.power_of_two:
         exact = jnp.where(codes == 255, jnp.nan, float_of(codes.astype(jnp.uint32) << 23))
     else:
-        exact = jnp.where(jnp.isfinite(amax), amax / np.float32(form.largest), jnp.nan)
-    if form.scale == "bfloat16":  # up: rounded down, the largest value of the tile would saturate
-        exact = float_of((bits_of(exact) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000))
+        exact = amax * np.float32(1 / form.largest)  # compiled, a division by a constant is this product anyway
+    if form.scale == "bfloat16":
+        # Up: rounded down, the largest value of the tile would saturate. One float32 step too many is the product's
+        # rounding, and ignored, so that quantising a second time gives the same scale.
+        exact = float_of((bits_of(exact) + np.uint32(0xFFFE)) & np.uint32(0xFFFF0000))
     return exact.astype(form.scale_dtype)
 
 

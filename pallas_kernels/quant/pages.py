@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 
-from pallas_kernels.formats import RowFormat
 from pallas_kernels.quant.rows import Rows
+from pallas_kernels.row_format import RowFormat
 
 
 def page_bytes(form: RowFormat, width: int, page_size: int) -> int:

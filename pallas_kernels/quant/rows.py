@@ -22,10 +22,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.formats import QuantFormat, RowFormat
+from pallas_kernels.formats import FormatError, QuantFormat
 from pallas_kernels.quant.convert import dequantize, quantize
 from pallas_kernels.quant.hadamard import hadamard
 from pallas_kernels.quant.tensor import QuantTensor
+from pallas_kernels.row_format import RowFormat
 from pallas_kernels.typing import typed
 
 
@@ -58,10 +59,11 @@ class Rows:
 
 
 def empty_rows(form: RowFormat, shape: tuple[int, ...]) -> Rows:
-    """Rows of a logical `shape` [..., N, width] whose every byte is 0; they decode to 0."""
+    """Rows of a logical `shape` [..., N, width] whose every byte is 0; they decode to 0. Raises FormatError."""
     *leading, width = shape
     if form.quant is None:
         return Rows(jnp.zeros(shape, form.plain), None, None, form)
+    _require(form, width)
     body = (*leading, (width - form.tail) // form.quant.packing)
     scales = form.scales(width)
     return Rows(
@@ -77,6 +79,7 @@ def encode_rows(x: Float[Array, "... N width"], form: RowFormat) -> Rows:
     """Stores the rows of x. Raises FormatError for a width the format cannot hold."""
     if form.quant is None:
         return Rows(x.astype(form.plain), None, None, form)
+    _require(form, x.shape[-1])
     if form.hadamard:
         x = hadamard(x)
     split = x.shape[-1] - form.tail
@@ -133,6 +136,11 @@ def _as_cached(x: jax.Array, form: RowFormat) -> jax.Array:
 def _as_cached_jvp(form: RowFormat, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
     tangent = hadamard(tangents[0]) if form.hadamard else tangents[0]  # the rotation itself is linear
     return _as_cached(primals[0], form), tangent
+
+
+def _require(form: RowFormat, width: int) -> None:
+    if reason := form.unsupported_reason(width):
+        raise FormatError(f"rows cannot hold this: {reason}")
 
 
 def _stored_scale(form: QuantFormat) -> np.dtype:

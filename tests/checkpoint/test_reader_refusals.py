@@ -193,5 +193,3 @@ def test_a_layout_that_the_number_format_cannot_hold(copy, tools):
     tools.edit_config(directory, moe_intermediate_size=33)
     text = str(tools.problems_of(directory))
     assert "layers.0.ffn.experts.w2.weight: e2m1:1x32:ue8m0 cannot hold this: the last axis of (128, 33)" in text
-        tools.problems_of(directory)
-    )

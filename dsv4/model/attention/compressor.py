@@ -10,8 +10,8 @@ from dsv4.model.cache import CompressedCache, write_entries
 from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.parameters import SpecTree
 from pallas_kernels.compress import compress
-from pallas_kernels.formats import RowFormat
 from pallas_kernels.quant import Rows, as_cached
+from pallas_kernels.row_format import RowFormat
 
 
 class Compressor(nnx.Module):

@@ -1,0 +1,91 @@
+"""How a checkpoint stores its weights, and what their inputs are rounded to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv4.config.errors import ConfigError, require
+from pallas_kernels.formats import FORMATS, FP8_GROUP, FormatError, QuantFormat, format_name, parse_format
+
+# Class of a parameter (dsv4.parameters) -> the field that holds its format. Every other class is never quantised.
+QUANTIZED_CLASSES = {"dense": "dense", "expert": "experts", "embedding": "embedding", "head": "head"}
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Formats by name (pallas_kernels.formats): `plain`, `fp8`, `fp4`, `int8_row`, or spelled out, `e4m3:1x128:ue8m0`.
+
+    dtype: of whatever is not quantised. dense, experts, embedding, head: weights of these classes; what SPEC section 3
+    keeps in high precision has no field. activations: what the input of quantised dense and expert weights is rounded
+    to; None is what the released code does, fp8_group.
+    rotate: input channels of quantised dense and expert weights are Hadamard-rotated. outlier_channels: as many of them
+    are kept in 16 bits. static_activations: the scale of an input is stored with its weight.
+
+    Released checkpoints have dense fp8 and experts fp8 or fp4 (SPEC section 3); the rest is this project's.
+    """
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dense: str = "plain"
+    experts: str = "plain"
+    embedding: str = "plain"
+    head: str = "plain"
+    activations: str | None = None
+    rotate: bool = False
+    outlier_channels: int = 0
+    static_activations: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.dtype in ("bfloat16", "float32"), f"storage.dtype is {self.dtype!r}: bfloat16 or float32")
+        for name in (*QUANTIZED_CLASSES.values(), "activations"):
+            if (text := getattr(self, name)) is not None:
+                object.__setattr__(self, name, format_name(_parse(name, text)))
+        form = self.activation_format
+        require(
+            form is None or form.tile[0] == 1,
+            f"storage.activations is {self.activations!r}: a tile must lie in one row, or a token's result would "
+            "depend on the others in its batch",
+        )
+        require(self.outlier_channels >= 0, f"storage.outlier_channels is {self.outlier_channels}: at least 0")
+        treated = self.rotate or self.outlier_channels or self.static_activations
+        require(
+            not treated or self.dense != "plain" or self.experts != "plain",
+            "storage.rotate, outlier_channels and static_activations need quantised dense or expert weights",
+        )
+        require(
+            not self.static_activations or (form is not None and form.scale == "float32"),
+            f"storage.static_activations with activations {format_name(form)}: a static scale is a float32, choose "
+            "fp8_row or int8_row",
+        )
+
+    def format_of(self, kind: str) -> QuantFormat | None:
+        """The format of a parameter of class `kind`, None where it is not quantised."""
+        field = QUANTIZED_CLASSES.get(kind)
+        return None if field is None else parse_format(getattr(self, field))
+
+    @property
+    def activation_format(self) -> QuantFormat | None:
+        if self.activations is not None:
+            return parse_format(self.activations)
+        return FP8_GROUP if (self.dense, self.experts) != ("plain", "plain") else None
+
+    @property
+    def quantized(self) -> bool:
+        return any(getattr(self, name) != "plain" for name in QUANTIZED_CLASSES.values())
+
+    @property
+    def released(self) -> bool:
+        """Whether the released layout, which other implementations read, says all of this."""
+        ours = StorageConfig(self.dtype, self.dense, self.experts)
+        known = {("plain", "plain"), ("fp8", "fp8"), ("fp8", "fp4")}
+        same = self == ours or self == StorageConfig(self.dtype, self.dense, self.experts, activations="fp8_group")
+        return (self.dense, self.experts) in known and same
+
+
+def _parse(name: str, text: str) -> QuantFormat | None:
+    try:
+        return parse_format(text)
+    except FormatError:
+        raise ConfigError(
+            f"storage.{name} is {text!r}: plain, {', '.join(FORMATS)}, or spelled out as e4m3:128x128:ue8m0"
+        ) from None

@@ -1,0 +1,1 @@
+"""Number formats applied to whole models: recipes, calibration, conversion of checkpoints."""

@@ -1,13 +1,15 @@
 """Block-scaled FP8 matmul for few rows on Hopper: every weight is read once, at the speed of memory.
 
-The same product as kernel_sm90.py with M <= 64, transposed: 64 weight rows are wgmma's M, the tokens its N, so that no
-tensor core works on padding and an accumulator is a few registers. Persistent thread blocks take `warpgroups` x 64
-weight rows each:
+The same product as kernel_sm90.py with few rows, transposed: 64 weight rows are wgmma's M, the tokens its N, so that no
+tensor core works on padding and an accumulator is a few registers. Rows may be grouped by expert, in blocks of `rows`
+that belong to one expert each; and several weights may share their input, as the gate and up projections do.
+Persistent thread blocks take `warpgroups` x 64 rows of every weight:
 
-- the producer copies `blocks` K blocks of weights and of x a stage, running ahead across tiles: what hides the latency
-  of memory is the bytes in flight, stages x warpgroups x 64 x blocks x 128;
+- the producer copies `blocks` K blocks of the weights and of x a stage, running ahead across tiles: what hides the
+  latency of memory is the bytes in flight, stages x weights x warpgroups x 64 x blocks x 128;
 - each consumer has 64 of the rows. It issues the wgmmas of all K blocks of a stage into accumulators of their own,
-  then adds them, times the scales of weight block and token, to float32 sums in K order.
+  then adds them, times the scales of weight block and token, to float32 sums in K order. The epilogue makes one result
+  of the sums of all weights.
 
 A token's sum is the same whatever other tokens are present: no split along K, no atomics.
 Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latency.
@@ -18,6 +20,7 @@ Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latenc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,10 +31,12 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import BLOCK, WGMMA_ROWS, drain, swizzled
+from pallas_kernels.block_matmul.kernel_sm90 import BLOCK, WGMMA_ROWS, RowBlocks, drain, swizzled
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.mosaic.scales import scale_product
+
+TOKENS = plgpu.Layout.WGMMA.reduce(0)  # of a vector with one element a token: the columns of an accumulator
 
 
 def matmul(
@@ -46,30 +51,64 @@ def matmul(
 
     M is a multiple of 8 (wgmma's N), N of 64 x warpgroups, K of 128 x blocks. Scales uint8 (UE8M0) or float32.
     """
-    (m, k), n = x.shape, w.shape[0]
-    stages, warpgroups, blocks = tiling.stages, tiling.warpgroups, tiling.blocks
-    rows_each, depth = WGMMA_ROWS * warpgroups, blocks * BLOCK
-    tiles, steps = n // rows_each, k // depth
-    assert (m % 8, n % rows_each, k % depth) == (0, 0, 0), f"{(m, n, k)} in tiles of {tiling}"
+    return few_rows(x, x_scale, [(w, w_scale)], tiling, rows=x.shape[0], out_dtype=out_dtype)
 
-    def kernel(x_gmem, x_scale_gmem, w_gmem, w_scale_gmem, y_gmem, x_smem, w_smem, y_smem, filled, free):
+
+def few_rows(
+    x: jax.Array,
+    x_scale: jax.Array,
+    weights: Sequence[tuple[jax.Array, jax.Array]],
+    tiling: FewRows,
+    *,
+    rows: int,
+    out_dtype: DTypeLike,
+    row_blocks: RowBlocks | None = None,
+    factors: jax.Array | None = None,
+    epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
+) -> jax.Array:
+    """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
+
+    weights: pairs of codes [N, K] and scales [N/128, K/128], with a leading expert axis where `row_blocks` is given;
+    blocks that are not real are not written. factors float32 [M]: for the epilogue, which gets the float32 sums
+    [64, rows] of each weight (tokens last) and the factors [rows] of its tokens (None without).
+    """
+    (m, k), n = x.shape, weights[0][0].shape[-2]
+    stages, warpgroups, blocks = tiling.stages, tiling.warpgroups, tiling.blocks
+    rows_each, depth, count = WGMMA_ROWS * warpgroups, blocks * BLOCK, len(weights)
+    tiles, steps = n // rows_each, k // depth
+    assert (m % rows, rows % 8, n % rows_each, k % depth) == (0, 0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+
+    def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
+        x_smem, w_smem, y_smem, filled, free = (scratch[name] for name in ("x", "w", "y", "filled", "free"))
         warpgroup = lax.axis_index("warpgroup")
+        row_block_count = m // rows if count_gmem is None else count_gmem[0]
+        # Row blocks are the inner index: those that share a weight tile run together, and read it from the L2 cache.
+        loop = {"collective_axes": "sm", "init_carry": jnp.int32(0)}
+        grid = (tiles, row_block_count)
+
+        def of_expert(gmem, block):
+            return gmem if expert_gmem is None else gmem.at[expert_gmem[block]]
 
         @pl.when(warpgroup == warpgroups)
         def produce():
             plgpu.set_max_registers(40, action="decrease")
 
-            @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+            @plgpu.nd_loop(grid, **loop)
             def total(info, carry):
-                rows = pl.ds(info.index[0] * rows_each, rows_each)
+                tile, block = info.index
+                rows_gmem = pl.ds(tile * rows_each, rows_each)
 
                 @pl.loop(0, steps)
                 def _step(i):
                     slot = lax.rem(carry + i, stages)
                     pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     columns = pl.ds(i * depth, depth)
-                    plgpu.copy_gmem_to_smem(w_gmem.at[rows, columns], w_smem.at[slot], filled.at[slot])
-                    plgpu.copy_gmem_to_smem(x_gmem.at[:, columns], x_smem.at[slot], filled.at[slot])
+                    for j, w_gmem in enumerate(w_gmems):
+                        source = of_expert(w_gmem, block).at[rows_gmem, columns]
+                        plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        x_gmem.at[pl.ds(block * rows, rows), columns], x_smem.at[slot], filled.at[slot]
+                    )
 
                 return carry + steps
 
@@ -80,17 +119,19 @@ def matmul(
             plgpu.set_max_registers(tiling.registers, action="increase")
             rows_smem = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
 
-            @plgpu.nd_loop((tiles,), collective_axes="sm", init_carry=jnp.int32(0))
+            @plgpu.nd_loop(grid, **loop)
             def _tiles(info, carry):
-                row = info.index[0] * rows_each + warpgroup * WGMMA_ROWS
+                tile, block = info.index
+                row = tile * rows_each + warpgroup * WGMMA_ROWS
+                tokens = pl.ds(block * rows, rows)
+                scales_gmem = [of_expert(gmem, block) for gmem in w_scale_gmems]
 
-                def scales_of(i: Any) -> tuple[jax.Array, ...]:
+                def scales_of(i: Any) -> tuple[tuple[jax.Array, ...], ...]:
                     found = []
-                    for j in range(blocks):
-                        of_tokens = plgpu.load(
-                            x_scale_gmem.at[i * blocks + j], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-                        )
-                        found.append(scale_product(of_tokens, w_scale_gmem[row // BLOCK, i * blocks + j]))
+                    for b in range(blocks):
+                        of_tokens = plgpu.load(x_scale_gmem.at[i * blocks + b, tokens], layout=TOKENS, optimized=False)
+                        of_weights = (gmem[row // BLOCK, i * blocks + b] for gmem in scales_gmem)
+                        found.append(tuple(scale_product(of_tokens, scale) for scale in of_weights))
                     return tuple(found)
 
                 def step(i, state):
@@ -100,41 +141,51 @@ def matmul(
                     following = scales_of(jnp.minimum(i + 1, steps - 1))
 
                     def multiply(*accumulators):
-                        for j, accumulator in enumerate(accumulators):
-                            block = pl.ds(j * BLOCK, BLOCK)
-                            plgpu.wgmma(accumulator, w_smem.at[slot, rows_smem, block], x_smem.at[slot, :, block].T)
-                        added = sums
-                        for j, accumulator in enumerate(accumulators):
-                            product = wgmma_accumulator_load(accumulator, wait_n=blocks - 1 - j)
-                            added = added + product * lax.broadcast_in_dim(scales[j], product.shape, [1])
-                        return added
+                        for at, accumulator in enumerate(accumulators):
+                            b, j = divmod(at, count)
+                            columns = pl.ds(b * BLOCK, BLOCK)
+                            plgpu.wgmma(
+                                accumulator, w_smem.at[slot, j, rows_smem, columns], x_smem.at[slot, :, columns].T
+                            )
+                        added = list(sums)
+                        for at, accumulator in enumerate(accumulators):
+                            b, j = divmod(at, count)
+                            product = wgmma_accumulator_load(accumulator, wait_n=len(accumulators) - 1 - at)
+                            added[j] = added[j] + product * lax.broadcast_in_dim(scales[b][j], product.shape, [1])
+                        return tuple(added)
 
-                    sums = pl.run_scoped(multiply, *[plgpu.ACC((WGMMA_ROWS, m), jnp.float32)] * blocks)
+                    fresh = [plgpu.ACC((WGMMA_ROWS, rows), jnp.float32)] * (blocks * count)
+                    sums = pl.run_scoped(multiply, *fresh)
                     plgpu.barrier_arrive(free.at[slot])
                     return following, sums
 
-                zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, m), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (scales_of(0), zero))
+                zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
+                _, sums = lax.fori_loop(0, steps, step, (scales_of(0), (zero,) * count))
+                of_tokens = None
+                if factors_gmem is not None:
+                    of_tokens = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
+                y = epilogue(*sums, of_tokens).astype(out_dtype)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                y_smem.at[warpgroup].T[...] = sums.astype(out_dtype)
+                y_smem.at[warpgroup].T[...] = y
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[:, pl.ds(row, WGMMA_ROWS)])
+                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[tokens, pl.ds(row, WGMMA_ROWS)])
                 return carry + steps
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+    expert, real = (None, None) if row_blocks is None else row_blocks
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(min(sm_count(), tiles),),
+        grid=(min(sm_count(), tiles * (m // rows)),),
         grid_names=("sm",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
-            "x_smem": plgpu.SMEM((stages, m, depth), x.dtype, transforms=swizzled(1)),
-            "w_smem": plgpu.SMEM((stages, rows_each, depth), w.dtype, transforms=swizzled(1)),
-            "y_smem": plgpu.SMEM((warpgroups, m, WGMMA_ROWS), out_dtype),
-            "filled": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
+            "w": plgpu.SMEM((stages, count, rows_each, depth), x.dtype, transforms=swizzled(1)),
+            "y": plgpu.SMEM((warpgroups, rows, WGMMA_ROWS), out_dtype),
+            "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         },
-    )(x, x_scale, w, w_scale)
+    )(x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)

@@ -22,6 +22,11 @@ def bits_of(x: Float32[Array, ...]) -> UInt32[Array, ...]:
     return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
+def magnitude_bits(x: Float32[Array, ...]) -> UInt32[Array, ...]:
+    """Bits of |x|. They are ordered as the magnitudes are, NaN above infinity."""
+    return bits_of(x) & ~_SIGN
+
+
 def float_of(bits: UInt32[Array, ...]) -> Float32[Array, ...]:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float, Float32, Shaped
 
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.quant import elements
-from pallas_kernels.quant.bits import bits_of, divide_by_power_of_two, float_of, scale_code, times_power_of_two
+from pallas_kernels.quant.bits import (
+    bits_of,
+    divide_by_power_of_two,
+    float_of,
+    magnitude_bits,
+    scale_code,
+    times_power_of_two,
+)
 from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.typing import typed
 
@@ -28,7 +35,8 @@ def quantize(
     scale: used instead of the tiles' own (a static, calibrated one), of the format's scale type and broadcastable to
     `form.scale_shape(x.shape)`; what it cannot reach saturates. key: for stochastic rounding.
 
-    A tile with a value that is not finite becomes NaN as a whole (its scale is). Raises FormatError for a shape the
+    A tile with a value that is not finite becomes NaN as a whole (its scale is); under a given scale NaN stays where
+    the element has one, and is its largest value where not. Raises FormatError for a shape the
     format cannot hold, ValueError for a key without stochastic rounding or the reverse, or a scale of another type.
     """
     shape = form.scale_shape(x.shape)
@@ -95,14 +103,18 @@ def _scales(x: Float32[Array, "... rows columns"], form: QuantFormat) -> Shaped[
 
 
 def _tile_amax(x: Float32[Array, "... rows columns"], form: QuantFormat) -> Float32[Array, "... tr tc"]:
-    """Largest magnitude of every tile; partial tiles at the edges are padded with zeros."""
+    """Largest magnitude of every tile, NaN if one is; partial tiles at the edges are padded with zeros.
+
+    Magnitudes are compared as the integers their bits are, where NaN is largest: XLA's reduction of floats on the CPU
+    drops NaN from some shapes, and devices flush subnormals.
+    """
     *leading, rows, columns = x.shape
     high = rows if form.tile[0] is None else form.tile[0]
     wide = columns if form.tile[1] is None else form.tile[1]
     down, across = -(-rows // high), -(-columns // wide)
     padding = [(0, 0)] * len(leading) + [(0, down * high - rows), (0, across * wide - columns)]
-    tiles = jnp.pad(jnp.abs(x), padding).reshape(*leading, down, high, across, wide)
-    return jnp.max(tiles, axis=(-3, -1))
+    tiles = jnp.pad(magnitude_bits(x), padding).reshape(*leading, down, high, across, wide)
+    return float_of(jnp.max(tiles, axis=(-3, -1)))
 
 
 def _spread(scale: Shaped[Array, "... tr tc"], form: QuantFormat, shape: tuple[int, ...]) -> Shaped[Array, "... r c"]:

@@ -54,8 +54,8 @@ def _round_stochastically(x: Float32[Array, ...], kind: ElementType, key: jax.Ar
     cells = x / step  # exact: a power of two
     low = jnp.floor(cells)
     # 23 random bits, as many as a cell of a float32 has places: u < fraction has exactly its probability.
-    up = jax.random.uniform(key, x.shape) < cells - low
-    return jnp.copysign(jnp.clip((low + up) * step, -kind.largest, kind.largest), x)
+    up = jax.random.uniform(key, x.shape, jnp.float32) < cells - low
+    return jnp.copysign(jnp.clip((low + up.astype(jnp.float32)) * step, -kind.largest, kind.largest), x)
 
 
 def _e2m1_codes(x: Float32[Array, ...]) -> UInt8[Array, ...]:

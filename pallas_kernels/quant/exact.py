@@ -99,10 +99,10 @@ def _refusal(where: str, inexact: np.ndarray, used: np.ndarray, packed_shape: tu
     row, column = (int(i) for i in np.argwhere(failing)[0])
     inside = used[row * _TILE :, column * _TILE // _GROUP :][:_TILE, : _TILE // _GROUP]
     scales = inside[inside != _NO_NEED]
-    ends = [min((row + 1) * _TILE, packed_shape[0]), min((column + 1) * _TILE, 2 * packed_shape[1])]
+    bottom, right = min((row + 1) * _TILE, packed_shape[0]), min((column + 1) * _TILE, 2 * packed_shape[1])
     return (
-        f"{where}: tile ({row}, {column}), rows {row * _TILE}..{ends[0] - 1} and columns {column * _TILE}..{ends[1] - 1}"
-        f" ({failing.sum()} of {failing.size} tiles), is not exact in E4M3 under one scale: its 1x32 scales go from"
-        f" 2^{scales.min()} to 2^{scales.max()}, and E4M3 holds 2^-9 to 448. Keep MXFP4, or dequantise and requantise"
-        " in FP8, which rounds"
+        f"{where}: tile ({row}, {column}), rows {row * _TILE}..{bottom - 1} and columns {column * _TILE}..{right - 1},"
+        f" is not exact in E4M3 under one scale (nor are {failing.sum() - 1} of the other {failing.size - 1}): its 1x32"
+        f" scales go from 2^{scales.min()} to 2^{scales.max()}, and E4M3 holds 2^-9 to 448. Keep MXFP4, or dequantise"
+        " and requantise in FP8, which rounds"
     )

@@ -84,7 +84,7 @@ def observe() -> Iterator[list[Observation]]:
     try:
         yield seen
     finally:
-        _observers.remove(seen)
+        _observers.pop()
 
 
 def shown(x: jax.Array, w: Any) -> Any:
@@ -139,11 +139,8 @@ def embedding_rows(table: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows ids [...] of a table [V, D], plain or quantised: only they are read. ids lie in 0 .. V-1."""
     if not isinstance(table, QuantTensor):
         return jnp.take(table, ids, axis=0).astype(dtype)
-    high, wide = table.format.tile
+    high = table.format.tile[0]
     tiles = ids * 0 if high is None else ids // high
-    flat = QuantTensor(
-        table.values[ids.reshape(-1)][:, None],
-        table.scale[tiles.reshape(-1)][:, None],
-        dataclasses.replace(table.format, tile=(1, wide)),
-    )
+    # A tensor [1, D] a row: one tile high whatever the format's tiles are.
+    flat = QuantTensor(table.values[ids.reshape(-1)][:, None], table.scale[tiles.reshape(-1)][:, None], table.format)
     return dequantize(flat, dtype).reshape(*ids.shape, table.shape[-1])

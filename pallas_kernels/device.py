@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -35,7 +36,13 @@ class Device:
 
     @property
     def has_bfloat16(self) -> bool:
+        """bfloat16 matrix units; elsewhere XLA widens each product to float32, which costs time and keeps rounding."""
         return self.platform == "tpu" or (self.capability is not None and self.capability >= (8, 0))
+
+    @property
+    def matmul_dtype(self) -> Literal["bfloat16", "float32"]:
+        """What a reference, which multiplies in its input's dtype, is best given."""
+        return "bfloat16" if self.has_bfloat16 else "float32"
 
 
 # The kinds the project speaks of, by the name users know.
@@ -59,8 +66,13 @@ def current() -> Device:
     device = jax.local_devices()[0]
     if device.platform != "gpu":
         return Device(device.device_kind, device.platform if device.platform == "tpu" else "cpu")
-    major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
-    return Device(device.device_kind, "gpu", (int(major), int(minor or 0)))
+    return Device(device.device_kind, "gpu", parse_capability(getattr(device, "compute_capability", "")))
+
+
+def parse_capability(text: str) -> tuple[int, int] | None:
+    """`9.0` -> (9, 0); None for what is no CUDA capability (`gfx942`)."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", str(text))
+    return match and (int(match[1]), int(match[2]))
 
 
 @contextlib.contextmanager

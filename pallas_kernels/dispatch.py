@@ -6,10 +6,17 @@ shapes and says, once, what the skipped ones refused; a named implementation run
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels import device
 
 log = logging.getLogger("pallas_kernels")
 
@@ -41,28 +48,72 @@ class Op:
 
         Raises UnsupportedError with every reason.
         """
+        candidate, refusals = self.choose(args, kwargs, implementation)
+        self._say(candidate, refusals)
+        if listeners := _listeners.get():
+            shapes: tuple[Any, Any] = jax.tree.map(_shape, (args, kwargs))
+            for calls in listeners:
+                calls.append(Call(self, shapes[0], shapes[1], candidate.name, refusals))
+        return candidate.run(*args, **kwargs)
+
+    def choose(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], implementation: str = "auto"
+    ) -> tuple[Candidate, tuple[str, ...]]:
+        """The candidate that takes these arguments, which may be shapes, and `name: reason` of those before it.
+
+        Raises UnsupportedError where there is none.
+        """
         implementation = _for_op(self.name, implementation)
         named = [c for c in self.candidates if implementation in ("auto", c.name)]
         if not named:
             known = ", ".join(c.name for c in self.candidates)
             raise UnsupportedError(f"{self.name} has no implementation {implementation!r}: auto, {known}")
-        refusals = []
+        refusals: list[str] = []
         for candidate in named:
             reason = candidate.unsupported_reason(*args, **kwargs)
             if reason is None:
-                self._say(refusals)
-                return candidate.run(*args, **kwargs)
+                return candidate, tuple(refusals)
             refusals.append(f"{candidate.name}: {reason}")
         raise UnsupportedError(f"{self.name} cannot run: {'; '.join(refusals)}")
 
-    def _say(self, refusals: list[str]) -> None:
+    def _say(self, candidate: Candidate, refusals: tuple[str, ...]) -> None:
         for refusal in refusals:
-            if refusal not in self._said:
-                self._said.add(refusal)
-                log.info("%s falls back: %s", self.name, refusal)
+            said = f"{self.name} on {device.current().name} runs {candidate.name}, not {refusal}"
+            if said not in self._said:
+                self._said.add(said)
+                log.info(said)
 
 
 OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op as a listener sees it. args, kwargs: arrays are ShapeDtypeStructs. refusals: `name: reason`."""
+
+    op: Op
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    ran: str
+    refusals: tuple[str, ...]
+
+
+_listeners: contextvars.ContextVar[tuple[list[Call], ...]] = contextvars.ContextVar("listeners", default=())
+
+
+@contextlib.contextmanager
+def listen() -> Iterator[list[Call]]:
+    """Collects every call of every op while the block runs; under jit, those of what is traced in it."""
+    calls: list[Call] = []
+    token = _listeners.set((*_listeners.get(), calls))
+    try:
+        yield calls
+    finally:
+        _listeners.reset(token)
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
 
 def _for_op(name: str, implementation: str) -> str:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import reference, scaled_dot
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.quant.weights import shown
 from pallas_kernels.router import Routing
 from pallas_kernels.typing import typed
 
-GATE_UP = Op("expert_gate_up", [reference_candidate(reference.expert_gate_up)])
-DOWN = Op("expert_down", [reference_candidate(reference.expert_down)])
+GATE_UP = Op(
+    "expert_gate_up",
+    [
+        Candidate("scaled_dot", scaled_dot.expert_gate_up, scaled_dot.gate_up_unsupported_reason),
+        reference_candidate(reference.expert_gate_up),
+    ],
+)
+DOWN = Op(
+    "expert_down",
+    [
+        Candidate("scaled_dot", scaled_dot.expert_down, scaled_dot.down_unsupported_reason),
+        reference_candidate(reference.expert_down),
+    ],
+)
 
 
 @typed

@@ -1,42 +1,123 @@
-"""`dsv4 doctor`: what would run, told from an abstract trace."""
+"""`dsv4 doctor`: what would run, here and on devices that are not, told from an abstract trace."""
 
+import dataclasses
+import functools
 import json
+from pathlib import Path
 
 import jax
+import pytest
 
-from dsv4.cli.implementations import abstract_parameters, chosen_implementations
+from dsv4.cli.device_table import markdown, recipe_table
+from dsv4.cli.implementations import abstract_parameters, chosen_implementations, traced_calls
 from dsv4.config import load_config, replace
+from dsv4.config.recipe import RECIPES, find_recipe
+from pallas_kernels.device import KINDS
 from pallas_kernels.dispatch import OPS, Candidate
-from pallas_kernels.quant import QuantTensor
+from pallas_kernels.quant import QuantTensor, TreatedWeight
 
 SMALL = replace(load_config("tiny").model, "layers", "csa:4,hca:8")
+FLASH = load_config("flash").model
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_doctor_lists_versions_devices_and_ops(dsv4, tmp_path):
     path = tmp_path / "doctor.json"
-    result = dsv4("doctor", "tiny", "--set", "model.layers=csa:4,hca:8", "--json", path)
+    result = dsv4("doctor", "tiny", "--set", "model.layers=csa:4,hca:8", "--recipe", "int8", "--json", path)
     assert result.code == 0 and result.err == ""
     facts = json.loads(path.read_text())
     assert facts["versions"]["jax"] == jax.__version__ and facts["devices"][0]["platform"] == "cpu"
     assert {"block_matmul", "expert_gate_up", "expert_down", "router", "index_scores", "top_k"} <= facts["ops"].keys()
     for name, op in facts["ops"].items():
         assert name in result.out and op["prefill"] + op["decode"], f"{name} is used by no phase"
+    experts = next(row for row in facts["table"] if row["op"] == "expert_down")
+    assert facts["recipe"] == "int8" and experts["operands"] == "int8_row x int8_row"
+    assert experts["cells"]["A100"] == {"runs": ["scaled_dot"], "refused": []}
+    assert "[1] the device has no INT8 matrix units that XLA uses" in result.out
 
 
-def test_a_refusal_is_told_and_the_registry_left_as_it_was(monkeypatch):
+def test_bad_arguments(fails):
+    assert "no recipe 'fp7': bf16, released" in fails("doctor", "--recipe", "fp7", code=2)
+    assert "leave out --json" in fails("doctor", "--markdown", "--json", "x.json", code=2)
+
+
+def test_a_recipe_that_does_not_fit(fails):
+    error = fails("doctor", "tiny", "--recipe", "released")
+    assert "experts.w2.weight cannot be e2m1:1x32:ue8m0: tiles of 1 x 32 do not divide" in error
+    wide = ("--set", "model.width=192", "--set", "model.layers=window")
+    error = fails("doctor", "tiny", *wide, "--set", "model.moe.hash_layers=0", "--recipe", "fp8")
+    assert "do not fit the config" in error and "tiles of 1 x 128 do not divide" in error
+
+
+def test_a_refusal_is_told(monkeypatch):
     op = OPS["top_k"]
     fast = Candidate("fast", lambda *_, **__: None, lambda *_, **__: "needs another device")
-    candidates = (fast, *op.candidates)
-    monkeypatch.setattr(op, "candidates", candidates)
+    monkeypatch.setattr(op, "candidates", (fast, *op.candidates))
     for _ in range(2):  # jax must not answer the second trace from memory
-        found = chosen_implementations(SMALL)["top_k"]
+        found = chosen_implementations(traced_calls(SMALL))["top_k"]
         assert found["decode"] == ["reference"] and found["refused"] == ["fast: needs another device"]
-    assert op.candidates is candidates
 
 
 def test_quantised_weights_are_traced_as_stored():
-    config = load_config("flash").model
-    found = jax.tree.leaves(abstract_parameters(config), is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
+    found = jax.tree.leaves(abstract_parameters(FLASH), is_leaf=lambda leaf: isinstance(leaf, QuantTensor))
     quantised = [leaf for leaf in found if isinstance(leaf, QuantTensor)]
     assert {leaf.format.name for leaf in quantised} == {"e4m3:128x128:ue8m0", "e2m1:1x32:ue8m0"}
     assert not any(leaf.validate() for leaf in quantised)
+
+
+def test_treated_weights_are_traced_as_stored():
+    recipe = dataclasses.replace(find_recipe("int8"), outlier_channels=4, rotate=True)
+    config = dataclasses.replace(SMALL, storage=recipe.storage(SMALL.storage, static=True))
+    attention = abstract_parameters(config)["layers"][0]["attn"]
+    wo_a, wo_b = (attention[name]["weight"] for name in ("wo_a", "wo_b"))
+    assert isinstance(wo_a, TreatedWeight) and isinstance(wo_b, TreatedWeight)
+    assert wo_a.input_scale is None and wo_b.input_scale.shape == (1, 1)
+    assert wo_b.rotated and wo_b.columns.shape == (*wo_b.shape[:-1], 4) and wo_b.channels.shape == (4,)
+
+
+@functools.cache
+def table(recipe):
+    """(op, device) -> cell, of flash's quantised operands (plain ones in bf16)."""
+    rows = [row for row in recipe_table(FLASH, find_recipe(recipe)) if row.choice]
+    rows = [row for row in rows if row.operands != "plain"] or rows
+    assert len({row.op for row in rows}) == len(rows) == 3
+    return {(row.op, device): cell for row in rows for device, cell in row.cells.items()}
+
+
+ALL, FP8 = set(KINDS), {"L4 / RTX 4090", "H100 / H200", "B200"}
+EXPECTED = {
+    # recipe -> (dense implementation, where), (experts' implementation, where); the reference elsewhere
+    "bf16": (("", set()), ("", set())),
+    "released": (("block_dot", FP8), ("", set())),
+    "fp8_per_channel": (("scaled_dot", FP8), ("scaled_dot", FP8)),
+    "int8": (("scaled_dot", ALL - {"CPU"}), ("scaled_dot", ALL - {"CPU"})),
+}
+
+
+@pytest.mark.parametrize("recipe", EXPECTED)
+def test_every_kind_of_device(recipe):
+    dense, experts = EXPECTED[recipe]
+    for op, (fast, where) in {"block_matmul": dense, "expert_gate_up": experts, "expert_down": experts}.items():
+        for device in KINDS:
+            cell = table(recipe)[op, device]
+            assert cell.runs == ((fast,) if device in where else ("reference",)), (op, device)
+            assert cell.refused or cell.runs == ("scaled_dot",), f"{op} on {device}: no reason"
+
+
+def test_reasons_name_the_device_or_what_is_missing():
+    assert table("released")["block_matmul", "A100"].refused == (
+        "scaled_dot: A100 has no FP8 matrix units",
+        "block_dot: A100 has no FP8 matrix units",
+    )
+    for op in ("block_matmul", "expert_down"):
+        assert "scaled_dot: T4 has no FP8 matrix units" in table("fp8_per_channel")[op, "T4"].refused
+        assert "scaled_dot: CPU has no INT8 matrix units that XLA uses" in table("int8")[op, "CPU"].refused
+    assert table("released")["expert_down", "B200"].refused == (
+        "scaled_dot: XLA's dot takes no e2m1 codes packed two a byte",
+    )
+
+
+def test_the_readme_has_this_table():
+    """Its text between the markers is what `dsv4 doctor --markdown` prints."""
+    found = README.read_text().split("<!-- device table -->\n")[1].split("<!-- end device table -->")[0]
+    assert found == markdown(FLASH, RECIPES.values())

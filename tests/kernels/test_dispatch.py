@@ -2,10 +2,13 @@
 
 import logging
 
+import jax
+import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Candidate, Op, UnsupportedError, reference
+from pallas_kernels.device import KINDS, pretend
+from pallas_kernels.dispatch import Candidate, Op, UnsupportedError, listen, reference
 
 
 @pytest.fixture
@@ -38,14 +41,37 @@ def test_an_unknown_name_lists_the_known_ones(op):
 
 
 def test_a_fallback_is_said_once_for_each_reason(op, caplog):
-    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+    """With the device and what runs instead; at a level that is silent unless asked for."""
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"), pretend(KINDS["A100"]):
         for x in (500, 500, 1, 50, 50):
             op(x)
     assert caplog.messages == [
-        "probe falls back: fast: 500 is above 10",
-        "probe falls back: faster: 500 is above 100",
-        "probe falls back: fast: 50 is above 10",
+        "probe on A100 runs reference, not fast: 500 is above 10",
+        "probe on A100 runs reference, not faster: 500 is above 100",
+        "probe on A100 runs faster, not fast: 50 is above 10",
     ]
+    assert {record.levelno for record in caplog.records} == {logging.INFO}
+
+
+def test_listeners_see_every_call_as_shapes(op):
+    """Also what jit traces, and only while they listen; one inside another hears the same."""
+    op(1)
+    x = np.zeros((2, 3), np.int8)
+    deaf = Op("deaf", [Candidate("never", lambda x: x, lambda x: "never"), reference(lambda x: x)])
+    with listen() as outer:
+        op(50)
+        with listen() as inner:
+            jax.jit(lambda x: deaf(x))(x)
+    op(1)
+    assert [(call.op.name, call.ran) for call in outer] == [("probe", "faster"), ("deaf", "reference")]
+    assert outer[1:] == inner
+    assert inner[0].args == (jax.ShapeDtypeStruct((2, 3), np.int8),) and inner[0].refusals == ("never: never",)
+    assert outer[0].args == (50,) and outer[0].refusals == ("fast: 50 is above 10",)
+
+
+def test_what_would_run_is_known_without_running(op):
+    candidate, refusals = op.choose((50,), {})
+    assert (candidate.name, refusals) == ("faster", ("fast: 50 is above 10",))
 
 
 def test_a_choice_for_some_ops_leaves_the_others_to_auto(op):

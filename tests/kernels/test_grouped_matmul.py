@@ -8,15 +8,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import expert_down, expert_gate_up
+from pallas_kernels.device import KINDS, pretend
+from pallas_kernels.grouped_matmul import api, expert_down, expert_gate_up, scaled_dot
 from pallas_kernels.grouped_matmul.reference import grouped_matmul
-from pallas_kernels.quant import FP8_BLOCK, MXFP4, QuantTensor
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight
 from pallas_kernels.quant import dequantize as eager_dequantize
+from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.router import Routing
 
 EXPERTS, OUT, IN = 6, 5, 32
-multiply = jax.jit(grouped_matmul)
+multiply = jax.jit(grouped_matmul, static_argnums=3)
+multiply_codes = jax.jit(scaled_dot.grouped_matmul, static_argnums=3)
 dequantize = jax.jit(eager_dequantize)
+quantize = jax.jit(eager_quantize, static_argnums=1)
 gate_up = functools.partial(jax.jit, static_argnames="limit")(expert_gate_up)
 down = jax.jit(expert_down)
 
@@ -96,3 +100,76 @@ def test_an_expert_layer(tokens, limit):
         want[token] += w2[e] @ (weight * gate / (1 + np.exp(-gate)) * up)
     got = down(gate_up(x, w1, w3, routing, limit=limit), w2, routing)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["fp8_row", "fp8_tensor", "int8_row", "int8_tensor"])
+@pytest.mark.parametrize("rows", [4, 20], ids=["few rows", "many rows"])
+def test_products_of_codes_are_the_reference(form, rows):
+    """Experts and tokens of very different sizes, a row of zeros, and NaN that stays in its row."""
+    sizes = np.exp(normal(5, EXPERTS, OUT, 1)) * np.arange(1, EXPERTS + 1, dtype=np.float32)[:, None, None]
+    w, activations = quantize(normal(1, EXPERTS, OUT, IN) * sizes, FORMATS[form]), FORMATS[f"{form.split('_')[0]}_row"]
+    x = normal(0, rows, IN) * np.exp(normal(6, rows, 1))
+    x[0], x[2, 3] = 0, np.nan
+    counts = np.bincount([1, 1, 4, *[5] * (rows - 3)], minlength=EXPERTS).astype(np.int32)
+    got, want = (np.asarray(f(x, w, counts, activations)) for f in (multiply_codes, multiply))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(want)))
+    assert np.isnan(got).any(axis=1).tolist() == [row == 2 for row in range(rows)] and not got[0].any()
+
+
+@pytest.mark.parametrize("rows", [4, 20], ids=["few rows", "many rows"])
+def test_treated_experts(rows):
+    """A static scale, and channels in 16 bits that are multiplied apart."""
+    w, channels = jnp.asarray(normal(1, EXPERTS, OUT, IN)), jnp.asarray([3, 17], jnp.int32)
+    kept = quantize(w.at[..., channels].set(0), FORMATS["int8_row"])
+    treated = TreatedWeight(kept, jnp.full((1, 1), 0.02), channels, w[..., channels].astype(jnp.bfloat16))
+    x = normal(0, rows, IN)
+    x[:, 3] *= 30
+    counts = np.bincount([1, 1, 4, *[5] * (rows - 3)], minlength=EXPERTS).astype(np.int32)
+    got, want = (np.asarray(f(x, treated, counts, FORMATS["int8_row"])) for f in (multiply_codes, multiply))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+REFUSALS = [
+    (FORMATS["fp8_row"], FORMATS["fp8_row"], "H100 / H200", None),
+    (FORMATS["fp8_row"], FORMATS["fp8_row"], "A100", "A100 has no FP8 matrix units"),
+    (FORMATS["int8_row"], FORMATS["int8_row"], "A100", None),
+    (MXFP4, FP8_GROUP, "H100 / H200", "XLA's dot takes no e2m1 codes packed two a byte"),
+    (FP8_BLOCK, FORMATS["fp8_row"], "B200", "the scales of e4m3:128x128:ue8m0 weights vary along the contracted axis"),
+    (None, FP8_GROUP, "B200", "the weight is not quantised"),
+]
+
+
+@pytest.mark.parametrize(("form", "activations", "device", "reason"), REFUSALS)
+def test_refusals_say_what_is_missing(form, activations, device, reason):
+    """Of either half, and of gate and up each: the two may be stored differently."""
+    x, plain = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, IN), (EXPERTS, 64, IN)))
+    w = plain
+    if form is not None:
+        scale = jax.ShapeDtypeStruct(form.scale_shape(plain.shape), form.scale_dtype)
+        w = QuantTensor(jax.ShapeDtypeStruct(form.values_shape(plain.shape), form.values_dtype), scale, form)
+    routing = routing_of(2, 2)
+    with pretend(KINDS[device]):
+        assert scaled_dot.down_unsupported_reason(x, w, routing, activations=activations) == reason
+        refused = scaled_dot.gate_up_unsupported_reason(x, w, plain, routing, limit=0.0, activations=activations)
+        assert refused == (reason or "the weight is not quantised")
+
+
+def test_an_expert_layer_on_a_device_with_the_units():
+    """Both ops take the products of codes, with the reference's numbers."""
+    x, routing, how = normal(0, 12, IN), routing_of(12, 3), {"activations": FORMATS["fp8_row"]}
+    w1, w3, w2 = (
+        quantize(normal(seed, EXPERTS, *shape), FORMATS["fp8_row"])
+        for seed, shape in enumerate(((8, IN), (8, IN), (IN, 8)))
+    )
+
+    def layer(x, implementation):
+        hidden = expert_gate_up(x, w1, w3, routing, limit=1.0, **how, implementation=implementation)
+        return expert_down(hidden, w2, routing, **how, implementation=implementation)
+
+    want = jax.jit(functools.partial(layer, implementation="reference"))(x)
+    with pretend(KINDS["H100 / H200"]):
+        for op, args in ((api.GATE_UP, (x, w1, w3, routing)), (api.DOWN, (x, w1, routing))):
+            limit = {"limit": 1.0} if op is api.GATE_UP else {}
+            assert op.choose(args, how | limit)[0].name == "scaled_dot"
+        got = jax.jit(functools.partial(layer, implementation="scaled_dot"))(x)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())

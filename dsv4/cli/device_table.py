@@ -1,0 +1,135 @@
+"""Device x op -> implementation and why: every candidate is asked about calls that were traced once.
+
+What an implementation refuses follows from shapes, dtypes and the device, so no device is needed and nothing is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax
+
+from dsv4.cli.implementations import Calls, traced_calls
+from dsv4.config import ModelConfig
+from dsv4.config.recipe import Recipe
+from pallas_kernels.device import KINDS, pretend
+from pallas_kernels.dispatch import Call
+from pallas_kernels.formats import QuantFormat, format_name
+from pallas_kernels.quant import QuantTensor
+
+PLAIN = "plain"  # operands that no recipe has rounded
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What calls of one op run on one device, and `name: reason` of what they do not."""
+
+    runs: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Calls of one op with operands of one kind. operands: formats of weights and activations, or PLAIN.
+
+    choice: whether the op has more than its reference.
+    """
+
+    op: str
+    operands: str
+    choice: bool
+    cells: dict[str, Cell]
+
+
+def device_table(calls: Calls) -> list[Row]:
+    """A row for every op and kind of operands, a cell for every device of KINDS."""
+    groups: dict[tuple[str, str], list[Call]] = {}
+    for phase_calls in calls.values():
+        for call in phase_calls:
+            groups.setdefault((call.op.name, _operands(call)), []).append(call)
+    return [
+        Row(op, operands, len(group[0].op.candidates) > 1, {name: _cell(name, group) for name in KINDS})
+        for (op, operands), group in sorted(groups.items())
+    ]
+
+
+def recipe_table(config: ModelConfig, recipe: Recipe) -> list[Row]:
+    """The rows of one layer of `config` under `recipe`: the one with the most ops."""
+    fullest = max(config.layers, key=lambda layer: ("window", "full", "hca", "csa").index(layer.kind))
+    one = dataclasses.replace(config, layers=(fullest,), moe=dataclasses.replace(config.moe, hash_layers=0))
+    return device_table(traced_calls(one, recipe))
+
+
+def _cell(device: str, calls: Iterable[Call]) -> Cell:
+    with pretend(KINDS[device]):
+        answers = [call.op.choose(call.args, call.kwargs) for call in calls]
+    runs = dict.fromkeys(candidate.name for candidate, _ in answers)
+    return Cell(tuple(runs), tuple(dict.fromkeys(refusal for _, refusals in answers for refusal in refusals)))
+
+
+def _operands(call: Call) -> str:
+    parts = jax.tree.leaves(call.args, is_leaf=lambda part: isinstance(part, QuantTensor))
+    weights = dict.fromkeys(format_name(part.format) for part in parts if isinstance(part, QuantTensor))
+    activations: QuantFormat | None = call.kwargs.get("activations")
+    if not weights:
+        return PLAIN
+    return ", ".join(weights) + (f" x {format_name(activations)}" if activations else "")
+
+
+def as_text(rows: Sequence[Row]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Lines of op, operands and one cell a device, of the ops that have a choice; and the footnotes of all."""
+    notes: list[str] = []
+    lines = [(row.op, row.operands, *_texts(row.cells, notes)) for row in rows if row.choice]
+    lines.append(("every reference", "multiplies in", *_dtypes(notes)))
+    return lines, [f"[{i}] {note}" for i, note in enumerate(notes, 1)]
+
+
+def markdown(config: ModelConfig, recipes: Iterable[Recipe]) -> str:
+    """One table of `recipes` for the ops of `config` that have a choice, equal rows joined, footnotes below."""
+    notes: list[str] = []
+    rows: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for recipe in recipes:
+        choices = [row for row in recipe_table(config, recipe) if row.choice]
+        quantised = [row for row in choices if row.operands != PLAIN]  # in bf16, none
+        ops: dict[tuple[str, ...], list[str]] = {}
+        for row in quantised or choices:
+            ops.setdefault(_texts(row.cells, notes), []).append(row.op)
+        for cells, names in ops.items():
+            rows.setdefault((tuple(names), cells), []).append(recipe.name)
+    lines = [(", ".join(names), ", ".join(ops), *cells) for (ops, cells), names in rows.items()]
+    lines.append(("all", "what references multiply in", *_dtypes(notes)))
+    table = [("recipe", "op", *KINDS), ("---",) * (2 + len(KINDS)), *lines]
+    footnotes = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *footnotes]) + "\n"
+
+
+def _texts(cells: dict[str, Cell], notes: list[str]) -> tuple[str, ...]:
+    """Each cell with the number of its footnote, which is added to `notes`."""
+    return tuple(_noted(", ".join(cell.runs), _why(cell, device), notes) for device, cell in cells.items())
+
+
+def _dtypes(notes: list[str]) -> tuple[str, ...]:
+    emulated = "XLA emulates bfloat16 where there are no units for it: run with dtype float32"
+    kinds = KINDS.values()
+    return tuple(_noted(kind.matmul_dtype, "" if kind.has_bfloat16 else emulated, notes) for kind in kinds)
+
+
+def _why(cell: Cell, device: str) -> str:
+    """What was refused, for footnotes that devices share: without the device's name, and each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for refusal in cell.refused:
+        name, _, reason = refusal.partition(": ")
+        by_reason.setdefault(reason.replace(device, "the device"), []).append(name)
+    if len(by_reason) == 1 and "reference" in cell.runs:  # all that there is refuses for one reason
+        return next(iter(by_reason))
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
+
+
+def _noted(text: str, note: str, notes: list[str]) -> str:
+    if not note:
+        return text
+    if note not in notes:
+        notes.append(note)
+    return f"{text} [{notes.index(note) + 1}]"

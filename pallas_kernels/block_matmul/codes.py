@@ -1,0 +1,35 @@
+"""What surrounds a product of codes: the input's treatment and rounding before it, 16-bit channels after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.typing import DTypeLike
+
+from pallas_kernels.block_matmul.reference import precision, times
+from pallas_kernels.formats import QuantFormat
+from pallas_kernels.products import static_scale
+from pallas_kernels.quant.tensor import QuantTensor
+from pallas_kernels.quant.weights import TreatedWeight, quantize_input, treat
+
+
+def multiply(
+    dot: Callable[[QuantTensor, QuantTensor], jax.Array],
+    x: jax.Array,
+    w: Any,
+    activations: QuantFormat | None,
+    out_dtype: DTypeLike | None,
+) -> jax.Array:
+    """The reference's result by `dot`, which gives float32 [rows, O] for codes [rows, I] and [O, I].
+
+    Scales multiply float32 sums, where the reference first rounds each dequantised operand to x's dtype.
+    """
+    assert activations is not None, "unsupported_reason refuses inputs that stay unrounded"
+    treated, weight, kept = treat(x, w, None)
+    y = dot(quantize_input(treated, activations, static_scale(w)), weight).reshape(*x.shape[:-1], -1)
+    if kept is not None:
+        assert isinstance(w, TreatedWeight)
+        y = y + times(kept, w.columns.astype(x.dtype), precision(x.dtype, out_dtype))
+    return y.astype(out_dtype or x.dtype)

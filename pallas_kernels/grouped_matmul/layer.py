@@ -1,0 +1,39 @@
+"""The two halves of an expert layer around any grouped product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import QuantFormat
+from pallas_kernels.router import Routing
+from pallas_kernels.swiglu import swiglu
+
+# (rows [N, I] sorted by expert, weight [E, O, I], rows of each expert [E], activations) -> [N, O]
+Product = Callable[[jax.Array, Any, jax.Array, QuantFormat | None], jax.Array]
+
+
+def gate_up(
+    product: Product, x: jax.Array, w1: Any, w3: Any, routing: Routing, limit: float, activations: QuantFormat | None
+) -> jax.Array:
+    rows = x[routing.order // routing.experts.shape[1]]
+    gate, up = (product(rows, w, routing.counts, activations) for w in (w1, w3))
+    weights = routing.weights.reshape(-1)[routing.order][:, None]
+    return (swiglu(gate, up, limit) * weights).astype(x.dtype)
+
+
+def down(product: Product, hidden: jax.Array, w2: Any, routing: Routing, activations: QuantFormat | None) -> jax.Array:
+    tokens, k = routing.experts.shape
+    out = product(hidden, w2, routing.counts, activations)
+    # Back to token order by a gather: a scatter-add would sum in an order that depends on the other tokens.
+    rows = jnp.arange(tokens * k, dtype=routing.order.dtype)
+    place = jnp.zeros_like(routing.order).at[routing.order].set(rows)
+    return jnp.sum(out[place].reshape(tokens, k, -1).astype(jnp.float32), axis=1).astype(hidden.dtype)
+
+
+def expert_of_row(counts: jax.Array, rows: int) -> jax.Array:
+    """int [rows]: which expert each of the sorted rows belongs to."""
+    return jnp.searchsorted(jnp.cumsum(counts), jnp.arange(rows), side="right")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4 import checkpoint
-from dsv4.config import ConfigError, Execution, ModelConfig, load_config
+from dsv4.config import ConfigError, Execution, ModelConfig, execution_for, load_config
 from dsv4.model.handle import Model
 from dsv4.model.init import init_params
 
@@ -21,6 +21,18 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
 
 
+def checkpoint_path(source: str | Path) -> Path:
+    """The directory of a checkpoint: `source` itself, or a shipped model of that name. Raises ConfigError."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) not in shipped():
+        raise ConfigError(
+            f"no checkpoint {str(source)!r}: give a directory, or a shipped model ({', '.join(shipped())})"
+        )
+    return SHIPPED / str(source)
+
+
 def load(
     source: str | Path = "small",
     *,
@@ -30,16 +42,12 @@ def load(
 ) -> Model:
     """A model from a shipped name, a released checkpoint directory, or an orbax one.
 
-    layers: only these (released checkpoints), renumbered from 0, to study a piece of a model too large to hold.
+    execution: None runs a quantised checkpoint with the activations it was made for and an FP8 cache, any other in
+    float32; `Execution()` dequantises weights, one op at a time, and rounds nothing else. layers: only these (released
+    checkpoints), renumbered from 0, to study a piece of a model too large to hold.
     progress: called with (bytes read, bytes in all). Raises ConfigError or CheckpointError listing what is wrong.
     """
-    path = Path(source)
-    if not path.exists():
-        if str(source) not in shipped():
-            raise ConfigError(
-                f"no checkpoint {str(source)!r}: give a directory, or a shipped model ({', '.join(shipped())})"
-            )
-        path = SHIPPED / str(source)
+    path = checkpoint_path(source)
     if checkpoint.is_orbax(path):
         if layers is not None:
             raise ConfigError(f"layers={layers} needs a released checkpoint; {path} is an orbax one")
@@ -47,7 +55,8 @@ def load(
     else:
         config, params = checkpoint.read(path, layers=layers, progress=progress)
     tokenizer = path / "tokenizer.json"
-    return Model(config, params, execution or Execution(), str(tokenizer) if tokenizer.is_file() else None)
+    execution = execution or execution_for(config.storage)
+    return Model(config, params, execution, str(tokenizer) if tokenizer.is_file() else None)
 
 
 def init(config: str | ModelConfig, *, seed: int = 0, execution: Execution | None = None) -> Model:

@@ -1,7 +1,8 @@
-"""Checkpoints: the released format, read and written, and orbax for everything it cannot express.
+"""Checkpoints: the released format, read and written, and orbax for the models it cannot express.
 
     config, params = read("DeepSeek-V4-Flash")  # quantised weights stay quantised
-    export(model, "my-model")                   # the same format, for other implementations too
+    export(model, "my-model")                   # the same format: other implementations read it, but for number
+                                                # formats of our own, which config.json names
     save(model, "run/step-1000")                # anything, research models included
     config, params = restore("run/step-1000")
 

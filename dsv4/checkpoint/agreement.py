@@ -10,18 +10,20 @@ import numpy as np
 
 from dsv4.checkpoint.layout import StoredLeaf
 from dsv4.checkpoint.safetensors import DTYPES
+from dsv4.checkpoint.tree import bad_treatment
 from dsv4.config.errors import ConfigError
 from dsv4.config.model import ModelConfig
 from dsv4.config.released import from_released, to_released
+from dsv4.config.storage import Treatment
 from dsv4.parameters import tensor_name
-from pallas_kernels.quant import QuantTensor
+from pallas_kernels.quant import QuantTensor, TreatedWeight
 
 Tree = dict[tuple[Any, ...], Any]  # path -> leaf
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def flatten(params: Any, path: tuple[Any, ...] = ()) -> Tree:
-    """The leaves of nested dicts by path, in order. A QuantTensor is one leaf."""
+    """The leaves of nested dicts by path, in order. A QuantTensor or TreatedWeight is one leaf."""
     if not isinstance(params, dict):
         return {path: params}
     return {at: leaf for key, value in params.items() for at, leaf in flatten(value, (*path, key)).items()}
@@ -55,18 +57,33 @@ def disagreements(leaves: Sequence[StoredLeaf], tree: Tree) -> dict[str, list[st
 
 
 def _wrong(leaf: StoredLeaf, value: Any) -> str | None:
-    found = value.format if isinstance(value, QuantTensor) else None
+    weight = value.weight if isinstance(value, TreatedWeight) else value
+    found = weight.format if isinstance(weight, QuantTensor) else None
     if (found and found.layout) != (leaf.format and leaf.format.layout):
         has, says = (fmt.name if fmt else "not quantised" for fmt in (found, leaf.format))
         return f"is {has}, config.storage says {says}: quantise or dequantise it, or replace config.storage"
-    if isinstance(value, QuantTensor):
-        if problems := value.validate():
-            return f"is no {value.format.name} tensor: {'; '.join(problems)}"
-    elif text := _wrong_dtype(leaf, value.dtype):
+    if isinstance(weight, QuantTensor):
+        if problems := weight.validate():
+            return f"is no {weight.format.name} tensor: {'; '.join(problems)}"
+    elif text := _wrong_dtype(leaf, weight.dtype):
         return text
     if tuple(value.shape) != leaf.spec.shape:
         return f"has shape {list(value.shape)}, its config says {list(leaf.spec.shape)}"
-    return None
+    return _wrong_treatment(leaf, value)
+
+
+def _wrong_treatment(leaf: StoredLeaf, value: Any) -> str | None:
+    asked, treated = leaf.treatment or Treatment(), value if isinstance(value, TreatedWeight) else TreatedWeight(value)
+    if treated.rotated != asked.rotated:
+        return f"is{'' if treated.rotated else ' not'} rotated, config.storage.rotate says otherwise"
+    for part in ("input_scale", "channels", "columns"):
+        has, says = getattr(treated, part), leaf.parts.get(part)
+        if (has is None) != (says is None):
+            return f"has {part} {'absent' if has is None else list(has.shape)}, config.storage says otherwise"
+        if says and (tuple(has.shape), np.dtype(has.dtype)) != says:
+            return f"has {part} {has.dtype} {list(has.shape)}, config.storage says {says[1]} {list(says[0])}"
+    problems = bad_treatment(leaf, {part: getattr(treated, part) for part in leaf.parts if hasattr(treated, part)})
+    return "; ".join(problems) or None
 
 
 def _wrong_dtype(leaf: StoredLeaf, dtype: np.dtype) -> str | None:

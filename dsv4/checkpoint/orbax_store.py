@@ -1,8 +1,9 @@
 """Checkpoints of our own, through orbax: any ModelConfig and any dtype, research models included.
 
-One tree of plain arrays is stored under our names; a QuantTensor becomes `{"values", "scale"}`. The config
-and the format of every QuantTensor travel in the checkpoint's custom metadata, so that a directory is all
-`restore` needs.
+One tree of plain arrays is stored under our names; a QuantTensor becomes `{"values", "scale"}`, a TreatedWeight
+`{"weight", "input_scale", "channels", "columns"}` without those it has not. The config, the format of every QuantTensor
+and whether a TreatedWeight is rotated travel in the checkpoint's custom metadata, so that a directory is all `restore`
+needs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,13 +25,14 @@ from dsv4.config.errors import ConfigError
 from dsv4.config.model import ModelConfig
 from dsv4.parameters import tensor_name
 from pallas_kernels.formats import FormatError, parse_format
-from pallas_kernels.quant import QuantTensor
+from pallas_kernels.quant import QuantTensor, TreatedWeight
 
-KIND, VERSION = "dsv4", 1
+KIND, VERSIONS = "dsv4", (1, 2)  # 2 has treated weights, and is written only where there are any
+_PARTS = ("weight", "input_scale", "channels", "columns")  # of a TreatedWeight, those it has
 
 
 def save(model: Model, directory: str | Path) -> None:
-    """Writes `model.config` and `model.params` (nested dicts of arrays and QuantTensor), whole or not at all.
+    """Writes `model.config` and `model.params` (nested dicts of arrays and quantised weights), whole or not at all.
 
     `model.tokenizer_path`, a file, is copied to tokenizer.json where it exists and is not None.
 
@@ -41,9 +43,11 @@ def save(model: Model, directory: str | Path) -> None:
 
     path = Path(directory).expanduser().absolute()
     require_vacant(path)
-    formats: dict[str, str] = {}
-    tree = _encode(model.params, (), formats)
-    metadata = {"kind": KIND, "version": VERSION, "config": config_to_dict(model.config), "formats": formats}
+    notes = _Notes({}, {})
+    tree = _encode(model.params, (), notes)
+    metadata = {"kind": KIND, "version": 1, "config": config_to_dict(model.config), "formats": notes.formats}
+    if notes.rotated:
+        metadata |= {"version": 2, "rotated": notes.rotated}
     tokenizer = getattr(model, "tokenizer_path", None)
     try:
         with _quiet(), replacing(path) as new:
@@ -73,9 +77,9 @@ def restore(directory: str | Path) -> tuple[ModelConfig, dict[Any, Any]]:
         with _quiet():
             found = ocp.metadata(str(path))
             ours: Any = found.custom_metadata or {}
-            if ours.get("kind") != KIND or ours.get("version") != VERSION:
+            if ours.get("kind") != KIND or ours.get("version") not in VERSIONS:
                 raise CheckpointError(
-                    f"{path} was not written by dsv4.checkpoint.save (version {VERSION}): it has kind "
+                    f"{path} was not written by dsv4.checkpoint.save (version {VERSIONS[-1]} or less): it has kind "
                     f"{ours.get('kind')!r}, version {ours.get('version')!r}"
                 )
             config = config_from_dict(ours["config"])
@@ -84,7 +88,7 @@ def restore(directory: str | Path) -> tuple[ModelConfig, dict[Any, Any]]:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), found.metadata
             )
             tree = ocp.load(str(path), abstract)
-            return config, _decode(tree, (), ours["formats"])
+            return config, _decode(tree, (), _Notes(ours["formats"], ours.get("rotated", {})))
     except (CheckpointError, ConfigError):
         raise
     except Exception as error:  # orbax and tensorstore raise many types for a damaged checkpoint
@@ -96,17 +100,28 @@ def is_orbax(directory: str | Path) -> bool:
     return (Path(directory) / "_CHECKPOINT_METADATA").is_file()
 
 
-def _encode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
-    """The tree with str keys and plain arrays; notes the format of each QuantTensor under its name."""
+class _Notes(NamedTuple):
+    """What the arrays do not say, by name: formats of QuantTensors, and of TreatedWeights whether they are rotated."""
+
+    formats: dict[str, str]
+    rotated: dict[str, bool]
+
+
+def _encode(node: Any, path: tuple[Any, ...], notes: _Notes) -> Any:
+    """The tree with str keys and plain arrays; adds to `notes`."""
+    if isinstance(node, TreatedWeight):
+        notes.rotated[tensor_name(path)] = node.rotated
+        node = {part: value for part in _PARTS if (value := getattr(node, part)) is not None}
+        return {part: _encode(value, (*path, part), notes) for part, value in node.items()}
     if isinstance(node, QuantTensor):
-        formats[tensor_name(path)] = node.format.name
+        notes.formats[tensor_name(path)] = node.format.name
         node = {"values": node.values, "scale": node.scale}
-        return {part: _encode(array, (*path, part), formats) for part, array in node.items()}
+        return {part: _encode(array, (*path, part), notes) for part, array in node.items()}
     if isinstance(node, dict) and node:
         names = all(isinstance(key, str) and not key.isdecimal() for key in node)
         if not names and not all(type(key) is int and key >= 0 for key in node):
             raise CheckpointError(f"keys {list(node)} under {tensor_name(path)!r}: all must be names, or all ints >= 0")
-        return {str(key): _encode(value, (*path, key), formats) for key, value in node.items()}
+        return {str(key): _encode(value, (*path, key), notes) for key, value in node.items()}
     if not isinstance(node, jax.Array | np.ndarray) or not node.size:
         raise CheckpointError(f"{tensor_name(path)} is {node!r:.80}: only non-empty arrays can be stored")
     array = jax.device_put(node)
@@ -115,8 +130,10 @@ def _encode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
     return array
 
 
-def _decode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
-    if (name := formats.get(tensor_name(path))) is not None:
+def _decode(node: Any, path: tuple[Any, ...], notes: _Notes) -> Any:
+    if (rotated := notes.rotated.get(tensor_name(path))) is not None:
+        return TreatedWeight(**{part: _decode(node[part], (*path, part), notes) for part in node}, rotated=rotated)
+    if (name := notes.formats.get(tensor_name(path))) is not None:
         try:
             form = parse_format(name)
         except FormatError as error:
@@ -124,7 +141,7 @@ def _decode(node: Any, path: tuple[Any, ...], formats: dict[str, str]) -> Any:
         assert form is not None, "only quantised leaves are noted"
         return QuantTensor(node["values"], node["scale"], form)
     if isinstance(node, dict):
-        decoded = {key: _decode(value, (*path, key), formats) for key, value in node.items()}
+        decoded = {key: _decode(value, (*path, key), notes) for key, value in node.items()}
         if all(map(str.isdecimal, decoded)):  # layers; orbax sorts them as text
             return {int(key): decoded[key] for key in sorted(decoded, key=int)}
         return decoded

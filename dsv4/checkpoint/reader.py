@@ -24,10 +24,10 @@ from dsv4.checkpoint.layout import StoredLeaf, stored_leaves
 from dsv4.checkpoint.safetensors import DTYPES, SafetensorsFile
 from dsv4.checkpoint.shards import locate
 from dsv4.checkpoint.transfer import transfer
+from dsv4.checkpoint.tree import assemble, bad_treatment
 from dsv4.config.model import ModelConfig
 from dsv4.config.released import read_released
 from dsv4.parameters import nest
-from pallas_kernels.quant import QuantTensor
 
 ALIGNMENT = 64  # bytes; what XLA's CPU client needs to alias a host buffer
 
@@ -42,8 +42,8 @@ def read(
     """Reads a checkpoint in the released layout: config.json and safetensors, sharded or not.
 
     Returns the config and the tree of `dsv4.parameters.model_specs`: nested dicts with int layer keys, whose
-    leaves are jax arrays in the dtype of the file (hash tables: int32), or QuantTensor where config.json says
-    fp8 or fp4. Arrays go to jax's default device.
+    leaves are jax arrays in the dtype of the file (hash tables: int32), or QuantTensor or TreatedWeight where
+    config.json says so. Arrays go to jax's default device.
 
     layers: read only these, with embedding, head and norms; they are renumbered from 0, and the config
     returned has only them and no MTP blocks. Shards that hold none of it need not be there. progress: called
@@ -54,15 +54,24 @@ def read(
     `layers`.
     """
     directory = Path(directory)
+    config, wanted, files = open_files(directory, layers)
+    reduced = config if layers is None else take_layers(config, layers)
+    return reduced, _load(directory, wanted, files, workers, progress)
+
+
+def open_files(
+    directory: Path, layers: range | None = None
+) -> tuple[ModelConfig, tuple[StoredLeaf, ...], dict[str, SafetensorsFile]]:
+    """(the whole config, the leaves wanted, tensor name -> its open file); no weight is read. Raises as `read`."""
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is no released checkpoint: no config.json{_hint(directory)}")
     config = read_released(directory)
-    reduced = config if layers is None else take_layers(config, layers)
+    if layers is not None:
+        take_layers(config, layers)
     wanted = tuple(stored_leaves(config, layers))
     whole = wanted if layers is None else stored_leaves(config)
     known = {tensor.name for leaf in whole for tensor in leaf.tensors}
-    files = locate(directory, wanted, known, partial=layers is not None)
-    return reduced, _load(directory, wanted, files, workers, progress)
+    return config, wanted, locate(directory, wanted, known, partial=layers is not None)
 
 
 def take_layers(config: ModelConfig, layers: range) -> ModelConfig:
@@ -122,28 +131,25 @@ def _merged(directory: Path, futures: Sequence[Future]) -> CheckpointError:
     return CheckpointError(f"{directory} holds weights that cannot be used; nothing was loaded", problems)
 
 
-def _load_leaf(leaf: StoredLeaf, files: dict[str, SafetensorsFile], device: Any) -> jax.Array | QuantTensor:
+def _load_leaf(leaf: StoredLeaf, files: dict[str, SafetensorsFile], device: Any) -> Any:
+    buffers = read_leaf(leaf, files)
+    return assemble(leaf, {part: _place(buffers.pop(part), device) for part in tuple(buffers)})
+
+
+def read_leaf(leaf: StoredLeaf, files: dict[str, SafetensorsFile]) -> dict[str, np.ndarray]:
+    """The arrays of one leaf, by part, on the host. Raises CheckpointError naming elements that no weight can have."""
     first = leaf.tensors[0]
-    shape = leaf.spec.shape
-    if leaf.format is None:
-        stored = DTYPES[files[first.name].entries[first.name].dtype]
-        dtype = np.dtype(np.int32) if leaf.spec.kind == "hash" else stored
-        parts = {"values": aligned_empty(shape, dtype)}
-    else:
-        parts = {
-            "values": aligned_empty(leaf.format.values_shape(shape), leaf.format.values_dtype),
-            "scale": aligned_empty(leaf.format.scale_shape(shape), leaf.format.scale_dtype),
-        }
+    own = DTYPES[files[first.name].entries[first.name].dtype]
+    buffers = {part: aligned_empty(shape, dtype or own) for part, (shape, dtype) in leaf.parts.items()}
     bad = []
     for tensor in leaf.tensors:
-        part = parts[tensor.part]
-        destination = part if tensor.expert is None else part[tensor.expert]
+        buffer = buffers[tensor.part]
+        destination = buffer if tensor.expert is None else buffer[tensor.expert]
         if problem := transfer(files[tensor.name].chunks(tensor.name), destination, leaf.experts):
             bad.append(f"{tensor.name}{problem}")
-    if bad:
+    if bad := bad or bad_treatment(leaf, buffers):
         raise CheckpointError("bad weights", {"values that are no weights": bad})
-    arrays = {name: _place(parts.pop(name), device) for name in tuple(parts)}
-    return arrays["values"] if leaf.format is None else QuantTensor(**arrays, format=leaf.format)
+    return buffers
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

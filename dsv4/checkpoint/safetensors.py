@@ -1,4 +1,4 @@
-"""The safetensors file format: a checked, lazily mapped reader and an atomic writer.
+"""The safetensors file format: a checked, lazily mapped reader.
 
 A file is an 8-byte little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, and the
 data; offsets count from the end of the header. We read it ourselves because the `safetensors` package cannot
@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +30,7 @@ DTYPES = {
     "I32": np.dtype(np.int32),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
@@ -157,56 +158,3 @@ def _layout_problems(entries: dict[str, Entry], data_start: int, size: int) -> l
     elif cursor < size:
         problems.append(f"{size - cursor} bytes after the last tensor ({last}) belong to no tensor")
     return problems
-
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor to write. `chunks()` gives its elements in order, in any number of arrays of its dtype."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterable[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-def write_file(path: str | Path, tensors: Sequence[Source]) -> None:
-    """Writes `tensors` to the file `path`, through a temporary sibling, so that `path` is whole or absent.
-
-    Wider types come first, which keeps every tensor aligned. Raises OSError, and ValueError for a tensor
-    whose chunks do not add up to its shape; the temporary file is removed then.
-    """
-    path = Path(path)
-    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
-    cursor = 0
-    for tensor in tensors:
-        offsets = [cursor, cursor := cursor + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors:
-                _write_tensor(file, tensor)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _write_tensor(file: BinaryIO, tensor: Source) -> None:
-    written = 0
-    for chunk in tensor.chunks():
-        if chunk.dtype != DTYPES[tensor.dtype]:
-            raise ValueError(f"{tensor.name}: a chunk of {chunk.dtype} for a tensor of {tensor.dtype}")
-        written += file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
-    if written != tensor.nbytes:
-        raise ValueError(f"{tensor.name}: {written} bytes given, {list(tensor.shape)} takes {tensor.nbytes}")

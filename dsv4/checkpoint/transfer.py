@@ -2,7 +2,7 @@
 
 | stored | in memory | what is refused |
 |---|---|---|
-| any float | the same | NaN, infinity (E4M3: its NaN codes; E8M0: code 255) |
+| any float | the same | NaN, infinity (E4M3: its NaN codes; E8M0: code 255), in weights and scales alike |
 | packed E2M1 (I8 or U8) | uint8 | nothing, every code is a number |
 | I64 | int32 | an expert number outside 0 .. experts - 1 |
 | F32 | E8M0 | a scale that is no power of two between 2^-127 and 2^127 |
@@ -10,10 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import ml_dtypes
 import numpy as np
+
+from dsv4.checkpoint.errors import CheckpointError
+from dsv4.checkpoint.safetensors import CHUNK, DTYPES
 
 E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
 # dtype -> bits that are all set in a value that is not a finite number, and only there.
@@ -21,6 +24,7 @@ _NOT_FINITE = {
     np.dtype(np.float32): np.uint32(0x7F800000),
     np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
     np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(ml_dtypes.float8_e5m2): np.uint8(0x7C),
     np.dtype(ml_dtypes.float8_e4m3fn): np.uint8(0x7F),
     E8M0: np.uint8(0xFF),
 }
@@ -41,6 +45,21 @@ def transfer(chunks: Iterable[np.ndarray], destination: np.ndarray, experts: int
             return describe(destination.shape, filled, problem)
         filled += chunk.size
     return None
+
+
+def checked(flat: np.ndarray, name: str, shape: tuple[int, ...], dtype: str, experts: int) -> Iterator[np.ndarray]:
+    """The elements of `flat` as the tensor `name` of safetensors type `dtype` stores them, chunk by chunk.
+
+    Raises CheckpointError for one that `transfer` would refuse.
+    """
+    step = CHUNK // flat.dtype.itemsize
+    for start in range(0, flat.size, step):
+        chunk = flat[start : start + step]
+        problem = out_of_range(chunk, experts) if dtype == "I64" else invalid(chunk)
+        if problem is not None:
+            text = f"{name}{describe(shape, start, problem)}"
+            raise CheckpointError("cannot write the checkpoint", {"values that are no weights": [text]})
+        yield chunk.astype(np.int64) if dtype == "I64" else chunk.view(DTYPES[dtype])
 
 
 def describe(shape: tuple[int, ...], offset: int, problem: tuple[int, str]) -> str:

@@ -1,4 +1,4 @@
-"""A model -> a checkpoint in the released layout that `read` and other implementations load.
+"""A model -> a checkpoint in the released layout that `read` and, where `StorageConfig.released`, others load.
 
 Every leaf is written in the dtype it has; nothing is quantised, cast or repaired on the way. What does not
 agree with the config is an error before a byte is written.
@@ -6,11 +6,11 @@ agree with the config is an error before a byte is written.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,11 @@ import numpy as np
 from dsv4.checkpoint.agreement import STORED_NAMES, Tree, disagreements, flatten, require_expressible
 from dsv4.checkpoint.errors import CheckpointError
 from dsv4.checkpoint.layout import StoredLeaf, StoredTensor, stored_leaves
-from dsv4.checkpoint.safetensors import CHUNK, DTYPES, Source, write_file
+from dsv4.checkpoint.safetensors_write import Source, write_file
+from dsv4.checkpoint.shard_plan import index_text, plan_shards
 from dsv4.checkpoint.shards import INDEX
-from dsv4.checkpoint.transfer import describe, invalid, out_of_range
+from dsv4.checkpoint.transfer import checked
+from dsv4.checkpoint.tree import part_of
 from dsv4.config.model import ModelConfig
 from dsv4.config.released import write_released
 
@@ -48,7 +50,7 @@ def export(model: Model, directory: str | Path, *, max_shard_bytes: int = 4 << 3
 
     Raises ConfigError for a model the released format cannot express; CheckpointError if `directory` is not
     vacant, listing every parameter that disagrees with the config, naming a weight that is not a finite
-    number, or if the files cannot be written.
+    number, or if the files cannot be written. Warns where other implementations will not read the result.
     """
     directory, config = Path(directory), model.config
     require_vacant(directory)
@@ -56,7 +58,8 @@ def export(model: Model, directory: str | Path, *, max_shard_bytes: int = 4 << 3
     leaves, tree = tuple(stored_leaves(config)), flatten(model.params)
     if problems := disagreements(leaves, tree):
         raise CheckpointError(f"cannot export to {directory}: parameters and config disagree", problems)
-    shards = _shards(_sources(leaves, tree), max_shard_bytes)
+    warn_of_own_layout(config)
+    shards = plan_shards(_sources(leaves, tree), max_shard_bytes)
     tokenizer = getattr(model, "tokenizer_path", None)
     try:
         with replacing(directory) as new:
@@ -64,9 +67,21 @@ def export(model: Model, directory: str | Path, *, max_shard_bytes: int = 4 << 3
             write_released(config, new / "config.json")
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, new / "tokenizer.json")
-            _write_shards(shards, new)
+            for name, tensors in shards.items():
+                write_file(new / name, tensors)
+            if len(shards) > 1:
+                (new / INDEX).write_text(index_text(shards))
     except OSError as error:
         raise CheckpointError(f"cannot write {directory}, nothing was left there: {error}") from error
+
+
+def warn_of_own_layout(config: ModelConfig) -> None:
+    """Warns of a storage that only dsv4 reads, naming the fields that the released layout has no place for."""
+    if found := config.storage.beyond_released:
+        warnings.warn(
+            f"only dsv4 will read this checkpoint, the released layout has no place for: {'; '.join(found)}",
+            stacklevel=3,
+        )
 
 
 def require_vacant(directory: Path) -> None:
@@ -94,54 +109,25 @@ def replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _shards(tensors: Iterable[Source], limit: int) -> list[list[Source]]:
-    """Fills shard after shard, in order."""
-    shards: list[list[Source]] = [[]]
-    room = limit
-    for tensor in tensors:
-        if tensor.nbytes > room and shards[-1]:
-            shards.append([])
-            room = limit
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
-
-
-def _write_shards(shards: Sequence[Sequence[Source]], directory: Path) -> None:
-    if len(shards) == 1:
-        write_file(directory / "model.safetensors", shards[0])
-        return
-    mapping = {}
-    for number, tensors in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_file(directory / name, tensors)
-        mapping |= {tensor.name: name for tensor in tensors}
-    size = sum(tensor.nbytes for tensors in shards for tensor in tensors)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(mapping.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
 def _sources(leaves: Sequence[StoredLeaf], tree: Tree) -> Iterator[Source]:
     for leaf in leaves:
         value = tree[leaf.path]
         for tensor in leaf.tensors:
-            array = getattr(value, tensor.part) if leaf.format else value
-            fixed = leaf.format is not None or leaf.spec.kind == "hash"  # else it is the leaf's own
-            dtype = tensor.dtypes[0] if fixed else STORED_NAMES[np.dtype(array.dtype)]
+            array = part_of(value, tensor.part)
+            dtype = stored_dtype(leaf, tensor, array.dtype)
             yield Source(tensor.name, dtype, tensor.shape, partial(_chunks, array, tensor, dtype, leaf.experts))
+
+
+def stored_dtype(leaf: StoredLeaf, tensor: StoredTensor, dtype: Any) -> str:
+    """The safetensors type that one tensor of a leaf is written as; a plain float leaf keeps its own `dtype`."""
+    fixed = leaf.format is not None or leaf.spec.kind == "hash"
+    return tensor.dtypes[0] if fixed else STORED_NAMES[np.dtype(dtype)]
 
 
 def _chunks(array: Any, tensor: StoredTensor, dtype: str, experts: int) -> Iterator[np.ndarray]:
     """The stored elements of one tensor, checked as `read` will check them."""
     flat = _on_host(array, tensor.expert).reshape(-1)
-    step = CHUNK // flat.dtype.itemsize
-    for start in range(0, flat.size, step):
-        chunk = flat[start : start + step]
-        problem = out_of_range(chunk, experts) if dtype == "I64" else invalid(chunk)
-        if problem is not None:
-            text = f"{tensor.name}{describe(tensor.shape, start, problem)}"
-            raise CheckpointError("cannot export", {"values that are no weights": [text]})
-        yield chunk.astype(np.int64) if dtype == "I64" else chunk.view(DTYPES[dtype])
+    yield from checked(flat, tensor.name, tensor.shape, dtype, experts)
 
 
 def _on_host(array: Any, expert: int | None) -> np.ndarray:

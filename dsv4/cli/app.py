@@ -23,7 +23,9 @@ COMMANDS = {
     "logits": ("dsv4.cli.logits", "Logits"),
     "import": ("dsv4.cli.import_checkpoint", "Import"),
     "export": ("dsv4.cli.export_checkpoint", "Export"),
+    "quantize": ("dsv4.cli.quantize", "Quantize"),
     "train": ("dsv4.cli.train", "Train"),
+    "evaluate": ("dsv4.cli.evaluate", "Evaluate"),
     "doctor": ("dsv4.cli.doctor", "Doctor"),
 }
 DESCRIPTION = """A readable, exact, trainable DeepSeek-V4 in JAX.
@@ -50,6 +52,7 @@ USER_ERRORS = {
     "dsv4.decoding.inputs": "InputError",
     "dsv4.training.errors": "DataError",
     "pallas_kernels.dispatch": "UnsupportedError",
+    "pallas_kernels.formats": "FormatError",
 }
 
 

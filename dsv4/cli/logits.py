@@ -27,7 +27,8 @@ NpyFile = Annotated[Path, tyro.conf.arg(metavar="FILE.npy")]
 class Logits:
     """Float32 logits [B, S, V] of token ids [B, S], with exact matrix products and nothing quantised on the way.
 
-    Quantised weights are dequantised first. The three modes take three paths through the code and must agree.
+    Quantised weights are dequantised first (but see --as-stored). The three modes take three paths through the code and
+    must agree.
 
     examples:
       dsv4 logits path/to/checkpoint --input-ids ids.npy --output logits.npy
@@ -43,17 +44,15 @@ class Logits:
     """full: the whole sequence at once. decode: one token at a time from an empty cache. chunked: --chunk at a time."""
     chunk: int = 128
     """Tokens at a time in mode chunked."""
-    recipe: str = "none"
-    """Quantisation of activations and cache; only none so far."""
+    as_stored: bool = False
+    """Run a quantised checkpoint as `dsv4 generate` does: activations rounded to its format, an FP8 cache."""
     json: JsonFile = None
     """Also writes mode, shape, seconds (with compilation) and tokens per second as JSON to this file."""
 
     def run(self) -> None:
-        from dsv4.config import Execution
+        from dsv4.config import Execution, execution_for
         from dsv4.decoding.inputs import check_capacity, check_ids
 
-        if self.recipe != "none":
-            raise UsageError(f"--recipe is {self.recipe!r}: recipes are not available yet, only 'none'")
         if self.chunk < 1:
             raise UsageError(f"--chunk is {self.chunk}: at least 1 token at a time")
         ids = read_ids(self.input_ids)
@@ -65,6 +64,8 @@ class Logits:
             keep_compiled_programs()
             # The reference implementations: faster ones may round.
             execution = Execution(dtype="float32", precision="highest", implementation="reference")
+            if self.as_stored:
+                execution = execution_for(config.storage, execution)
             model = load_model(self.checkpoint, execution)
             begin = time.perf_counter()
             logits = self._compute(model, ids)

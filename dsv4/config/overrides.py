@@ -16,7 +16,13 @@ from dsv4.config.layers import parse_layers
 from dsv4.config.model import LayerConfig
 from pallas_kernels.formats import FORMATS, FormatError, QuantFormat, parse_format
 
-Changes = dict[str, Any]  # field -> its new value, or the Changes of the config it holds
+
+@dataclasses.dataclass
+class Inner:
+    """A config and what changes in it: field -> its new value, or the Inner of the config it holds."""
+
+    config: Any
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def replace[T](config: T, path: str, value: Any) -> T:
@@ -24,9 +30,9 @@ def replace[T](config: T, path: str, value: Any) -> T:
 
     Raises ConfigError naming an unknown field (and the nearest known one) or a value of the wrong type.
     """
-    changes: Changes = {}
-    _collect(changes, config, path, value)
-    return _rebuilt(config, changes)
+    changed = Inner(config)
+    _collect(changed, path, value)
+    return _rebuilt(changed)
 
 
 def apply_overrides[T](config: T, overrides: Iterable[str]) -> T:
@@ -34,29 +40,30 @@ def apply_overrides[T](config: T, overrides: Iterable[str]) -> T:
 
     Raises ConfigError for a malformed one, and for a config that all of them together make invalid.
     """
-    changes: Changes = {}
+    changed = Inner(config)
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path.strip():
             raise ConfigError(f"override {text!r}: write it as field.name=value")
-        _collect(changes, config, path.strip(), value.strip())
-    return _rebuilt(config, changes)
+        _collect(changed, path.strip(), value.strip())
+    return _rebuilt(changed)
 
 
-def _collect(changes: Changes, config: Any, path: str, value: Any) -> None:
-    """Adds one override of `config` to `changes`; nothing is validated beyond the type of the value."""
+def _collect(inner: Inner, path: str, value: Any) -> None:
+    """Adds one override to `inner`; nothing is validated beyond the type of the value."""
     *outer, last = path.split(".")
     for at, name in enumerate(outer):
-        _require_field(config, name)
-        config, changed = getattr(config, name), changes.get(name)
-        if not isinstance(changed, dict):
-            config = config if name not in changes else changed
-            changed = changes[name] = {}
-        changes = changed
-        if not dataclasses.is_dataclass(config):
-            raise ConfigError(f"{'.'.join(outer[: at + 1])} is {config!r}: it has no field {path.split('.')[at + 1]!r}")
-    _require_field(config, last)
-    changes[last] = _coerce(value, typing.get_type_hints(type(config))[last], path)
+        _require_field(inner.config, name)
+        held = inner.changes.get(name, getattr(inner.config, name))  # what an earlier override put there counts
+        if not isinstance(held, Inner):
+            if not dataclasses.is_dataclass(held):
+                raise ConfigError(
+                    f"{'.'.join(outer[: at + 1])} is {held!r}: it has no field {path.split('.')[at + 1]!r}"
+                )
+            held = inner.changes[name] = Inner(held)
+        inner = held
+    _require_field(inner.config, last)
+    inner.changes[last] = _coerce(value, typing.get_type_hints(type(inner.config))[last], path)
 
 
 def _require_field(config: Any, name: str) -> None:
@@ -67,13 +74,10 @@ def _require_field(config: Any, name: str) -> None:
         raise ConfigError(f"{type(config).__name__} has no field {name!r}{hint}")
 
 
-def _rebuilt(config: Any, changes: Changes) -> Any:
-    """`config` with all changes made, the inner configs first, each validated once."""
-    values = {
-        name: _rebuilt(getattr(config, name), change) if isinstance(change, dict) else change
-        for name, change in changes.items()
-    }
-    return dataclasses.replace(config, **values)
+def _rebuilt(inner: Inner) -> Any:
+    """The config with all changes made, the inner configs first, each validated once."""
+    values = {name: _rebuilt(change) if isinstance(change, Inner) else change for name, change in inner.changes.items()}
+    return dataclasses.replace(inner.config, **values)
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:

@@ -46,12 +46,10 @@ class Recipe:
         return dataclasses.replace(base, activations=self.activations, cache=self.cache)
 
     def _stored(self, dtype: str, static: bool) -> dict:
-        quantized = self.dense is not None or self.experts is not None
-        implied = FP8_GROUP if quantized else None
         return {
             "dtype": dtype,
             **{name: format_name(getattr(self, name)) for name in ("dense", "experts", "embedding", "head")},
-            "activations": None if self.activations == implied else format_name(self.activations),
+            "activations": format_name(self.activations),
             "rotate": self.rotate,
             "outlier_channels": self.outlier_channels,
             "static_activations": static,

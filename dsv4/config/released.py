@@ -16,6 +16,7 @@ from dsv4.config import released_keys as keys
 from dsv4.config.errors import ConfigError
 from dsv4.config.model import AttentionConfig, HyperConnectionConfig, IndexerConfig, ModelConfig, MoEConfig, YarnConfig
 from dsv4.config.released_schedule import DSPARK, is_dspark, schedule, wrong_schedule
+from dsv4.config.released_storage import split_storage, with_section_names
 from dsv4.config.released_write import to_released, write_released
 from dsv4.config.storage import StorageConfig
 
@@ -61,9 +62,10 @@ def from_released(raw: dict[str, Any]) -> ModelConfig:
         )
     if is_dspark(raw):
         raise ConfigError(DSPARK)
+    raw, ours, problems = split_storage(raw)
     flat = _flat(raw)
-    problems = [*_wrong_objects(raw), *_wrong_fixed(raw, flat), *wrong_schedule(raw), *_wrong_storage(raw)]
-    groups = _groups(raw, flat, problems)
+    problems += [*_wrong_objects(raw), *_wrong_fixed(raw, flat), *wrong_schedule(raw), *_wrong_storage(raw)]
+    groups = _groups(raw, flat, ours, problems)
     if problems:
         raise ConfigError("; ".join(problems))
     try:
@@ -106,11 +108,18 @@ def _wrong_storage(raw: dict[str, Any]) -> Iterator[str]:
         yield f"dtype is {both[0]!r} but torch_dtype is {both[1]!r}"
 
 
-def _groups(raw: dict[str, Any], flat: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Group of fields -> their values, inner groups built. What is wrong is added to `problems`."""
+def _groups(
+    raw: dict[str, Any], flat: dict[str, Any], ours: dict[str, Any] | None, problems: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Group of fields -> their values, inner groups built. What is wrong is added to `problems`.
+
+    ours: fields of the storage that a section of our own gave.
+    """
     values: dict[str, dict[str, Any]] = {"": {}} | {group: {} for group in _GROUPS}
-    broken: set[str] = set()
-    if raw.get("quantization_config") is not None:
+    broken = {"storage"} if ours is not None and problems else set()
+    if ours is not None:
+        values["storage"] = dict(ours)
+    elif raw.get("quantization_config") is not None:
         values["storage"] = {"dense": "fp8", "experts": "fp8"}
     for name, key in keys.KEYS.items():
         group, _, field = key.field.rpartition(".")
@@ -130,7 +139,8 @@ def _groups(raw: dict[str, Any], flat: dict[str, Any], problems: list[str]) -> d
         try:
             values[outer][field] = build(**values[group])
         except ConfigError as error:
-            problems.append(_with_released_names(str(error)))
+            found = str(error) if ours is None else with_section_names(str(error))
+            problems.append(_with_released_names(found))
     return values
 
 

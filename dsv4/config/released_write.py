@@ -13,6 +13,7 @@ from dsv4.config.errors import ConfigError
 from dsv4.config.layers import released_layer
 from dsv4.config.model import LayerConfig, ModelConfig
 from dsv4.config.released_keys import FIXED, KEYS, LAYER_TYPES, SECOND_NAMES, WRITTEN, section
+from dsv4.config.released_storage import SECTION, storage_section
 
 
 def write_released(config: ModelConfig, path: str | Path) -> None:
@@ -33,7 +34,7 @@ def to_released(config: ModelConfig) -> dict[str, Any]:
             + ". Keep it as an orbax checkpoint, or change those fields"
         )
     _warn_of_other_readers(config)
-    quantized = config.storage.dense == "fp8"
+    quantized = config.storage.released and config.storage.dense == "fp8"
     absent = {"rope_scaling"} if config.attention.yarn is None else set()
     absent |= set() if quantized else {"quantization_config", "expert_dtype"}
     raw = copy.deepcopy(WRITTEN)
@@ -42,8 +43,8 @@ def to_released(config: ModelConfig) -> dict[str, Any]:
             continue
         holder = raw.setdefault(section(name), {}) if section(name) else raw
         holder[name.rpartition(".")[2]] = copy.copy(FIXED[name]) if name in FIXED else _value(config, name)
-    if quantized and config.storage.experts == "plain":
-        raw["expert_dtype"] = "fp8"  # what the format says of experts beside fp8 weights
+    if not config.storage.released:
+        raw[SECTION] = storage_section(config.storage)
     return raw | _schedule(config)
 
 

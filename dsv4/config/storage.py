@@ -5,11 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv4.config.errors import ConfigError, require
+from dsv4.config.errors import ConfigError, one_of, require
 from pallas_kernels.formats import FORMATS, FP8_GROUP, FormatError, QuantFormat, format_name, parse_format
 
 # Class of a parameter (dsv4.parameters) -> the field that holds its format. Every other class is never quantised.
 QUANTIZED_CLASSES = {"dense": "dense", "expert": "experts", "embedding": "embedding", "head": "head"}
+TREATED_CLASSES = ("dense", "expert")  # multiplied by activations that are quantised
+UNTREATED_INPUTS = ("wo_a",)  # weights whose activations the released code leaves alone
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is stored with a quantised weight beside its codes and scales.
+
+    static: one float32 scale for its whole input. outliers: as many input channels are kept in 16 bits. rotated: the
+    weight's input channels are Hadamard-rotated, which stores nothing.
+    """
+
+    static: bool = False
+    outliers: int = 0
+    rotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -22,7 +37,8 @@ class StorageConfig:
     rotate: input channels of quantised dense and expert weights are Hadamard-rotated. outlier_channels: as many of them
     are kept in 16 bits. static_activations: the scale of an input is stored with its weight.
 
-    Released checkpoints have dense fp8 and experts fp8 or fp4 (SPEC section 3); the rest is this project's.
+    Released checkpoints have dense fp8 and experts fp8 or fp4 (SPEC section 3); the rest is this project's
+    (`beyond_released`).
     """
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -40,6 +56,8 @@ class StorageConfig:
         for name in (*QUANTIZED_CLASSES.values(), "activations"):
             if (text := getattr(self, name)) is not None:
                 object.__setattr__(self, name, format_name(_parse(name, text)))
+        if self.activations == format_name(self._implied_activations):
+            object.__setattr__(self, "activations", None)  # one way to say it, so that equal settings are equal
         form = self.activation_format
         require(
             form is None or form.tile[0] == 1,
@@ -63,10 +81,20 @@ class StorageConfig:
         field = QUANTIZED_CLASSES.get(kind)
         return None if field is None else parse_format(getattr(self, field))
 
+    def treatment(self, kind: str, name: str, columns: int) -> Treatment | None:
+        """How the weight `name`, of class `kind` and with `columns` input channels, is treated; None if it is not."""
+        if kind not in TREATED_CLASSES or self.format_of(kind) is None:
+            return None
+        static = self.static_activations and not untreated_input(name)
+        found = Treatment(static, min(self.outlier_channels, columns), self.rotate)
+        return None if found == Treatment() else found
+
     @property
     def activation_format(self) -> QuantFormat | None:
-        if self.activations is not None:
-            return parse_format(self.activations)
+        return self._implied_activations if self.activations is None else parse_format(self.activations)
+
+    @property
+    def _implied_activations(self) -> QuantFormat | None:
         return FP8_GROUP if (self.dense, self.experts) != ("plain", "plain") else None
 
     @property
@@ -76,10 +104,35 @@ class StorageConfig:
     @property
     def released(self) -> bool:
         """Whether the released layout, which other implementations read, says all of this."""
-        ours = StorageConfig(self.dtype, self.dense, self.experts)
-        known = {("plain", "plain"), ("fp8", "fp8"), ("fp8", "fp4")}
-        same = self == ours or self == StorageConfig(self.dtype, self.dense, self.experts, activations="fp8_group")
-        return (self.dense, self.experts) in known and same
+        return not self.beyond_released
+
+    @property
+    def beyond_released(self) -> tuple[str, ...]:
+        """The fields whose value the released layout has no place for, each with what it does have."""
+        experts = {"plain": ("plain",), "fp8": ("fp8", "fp4")}.get(self.dense, ("plain", "fp8", "fp4"))
+        places = {
+            "dense": ("plain", "fp8"),
+            "experts": experts,
+            "embedding": ("plain",),
+            "head": ("plain",),
+            "activations": (None,),
+            "rotate": (False,),
+            "outlier_channels": (0,),
+            "static_activations": (False,),
+        }
+        has = {name: one_of([str(value).lower() for value in allowed]) for name, allowed in places.items()}
+        has["experts"] += f" beside dense {self.dense}" if self.dense in ("plain", "fp8") else ""
+        has["activations"] = "fp8_group"
+        return tuple(
+            f"{name} {str(getattr(self, name)).lower()} (it has {has[name]})"
+            for name, allowed in places.items()
+            if getattr(self, name) not in allowed
+        )
+
+
+def untreated_input(name: str) -> bool:
+    """Whether the input of the weight `name` (`layers.0.attn.wo_a.weight`) is never quantised."""
+    return name.split(".")[-2] in UNTREATED_INPUTS
 
 
 def _parse(name: str, text: str) -> QuantFormat | None:

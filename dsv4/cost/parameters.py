@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
 from dsv4.config import ModelConfig, StorageConfig
-from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs
+from dsv4.config.storage import Treatment
+from dsv4.parameters import FLOAT32_CLASSES, Spec, leaves, model_specs, tensor_name
 
 HASH_BYTES = 8  # released hash tables are int64
 
@@ -46,13 +48,23 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of every tensor, MTP blocks and hash tables included, as `config.storage` keeps them (SPEC section 3)."""
-    return sum(_stored_bytes(spec, config.storage) for _, spec in leaves(model_specs(config)))
+    return sum(_stored_bytes(tensor_name(path), spec, config.storage) for path, spec in leaves(model_specs(config)))
 
 
-def _stored_bytes(spec: Spec, storage: StorageConfig) -> int:
+def _stored_bytes(name: str, spec: Spec, storage: StorageConfig) -> int:
     if spec.kind == "hash":
         return spec.size * HASH_BYTES
     if spec.kind in FLOAT32_CLASSES:
         return spec.size * 4
     form = storage.format_of(spec.kind)
-    return spec.size * (4 if storage.dtype == "float32" else 2) if form is None else form.nbytes(spec.shape)
+    if form is None:
+        return spec.size * (4 if storage.dtype == "float32" else 2)
+    return form.nbytes(spec.shape) + _treatment_bytes(storage.treatment(spec.kind, name, spec.shape[-1]), spec)
+
+
+def _treatment_bytes(treatment: Treatment | None, spec: Spec) -> int:
+    """A float32 scale of the input, int32 channel numbers, and their columns in 16 bits (of every expert)."""
+    if treatment is None:
+        return 0
+    columns = math.prod(spec.shape[:-1]) * treatment.outliers * 2
+    return 4 * treatment.static + 4 * treatment.outliers + columns

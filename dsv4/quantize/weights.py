@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +12,42 @@ import numpy as np
 
 from dsv4.config import ConfigError, ModelConfig
 from dsv4.config.recipe import Recipe
-from dsv4.config.storage import QUANTIZED_CLASSES
+from dsv4.config.storage import QUANTIZED_CLASSES, TREATED_CLASSES, untreated_input
 from dsv4.model.handle import Model
 from dsv4.parameters import Spec, leaves, model_specs, nest, tensor_name
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.quant import QuantTensor, TreatedWeight, quantize
 from pallas_kernels.quant.hadamard import rotate_blocks
 
-TREATED_CLASSES = ("dense", "expert")  # multiplied by activations that are quantised
-UNTREATED_INPUTS = ("wo_a",)  # whose activations the released code leaves alone
+if TYPE_CHECKING:
+    from dsv4.quantize.calibrate import Calibration
 
 
-def quantize_model(model: Model, recipe: Recipe) -> Model:
+def quantize_model(model: Model, recipe: Recipe, calibration: Calibration | None = None) -> Model:
     """`model` under `recipe`: its weights quantised, its execution and storage saying so.
 
-    Scales of activations are computed as they come. Raises ConfigError for a weight that is quantised already,
-    FormatError for a shape a format cannot hold, both naming the tensor.
+    calibration: of this model under this recipe (dsv4.quantize.calibrate); without one, scales of activations are
+    computed as they come. Raises ConfigError, naming the tensor, for a weight that is quantised already or whose shape
+    its format cannot hold.
     """
-    params = dict(quantized_leaves(model.config, model.params, recipe))
-    storage = recipe.storage(model.config.storage)
+    static = any(found.input_scale is not None for found in (calibration or {}).values())
+    params = dict(quantized_leaves(model.config, model.params, recipe, calibration))
+    storage = recipe.storage(model.config.storage, static=static)
     config = dataclasses.replace(model.config, storage=storage)
     return model.replace(config=config, params=nest(params.items()), execution=recipe.execution(model.execution))
 
 
-def quantized_leaves(config: ModelConfig, params: Any, recipe: Recipe) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def quantized_leaves(
+    config: ModelConfig, params: Any, recipe: Recipe, calibration: Calibration | None = None
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """(path, leaf) of every parameter of `config` under `recipe`, in order."""
     for path, spec in leaves(model_specs(config)):
-        leaf = params
+        leaf, name = params, tensor_name(path)
         for part in path:
             leaf = leaf[part]
-        yield path, quantize_leaf(tensor_name(path), spec, leaf, recipe)
+        known = calibration.get(name) if calibration else None
+        found = {} if known is None else {"input_scale": known.input_scale, "channel_amax": known.channel_amax}
+        yield path, quantize_leaf(name, spec, leaf, recipe, **found)
 
 
 def quantize_leaf(
@@ -72,7 +78,8 @@ def quantize_leaf(
         return _quantize(weight, form)
     channels = columns = None
     if recipe.outlier_channels:
-        channels = outlier_channels(weight, channel_amax, recipe.outlier_channels)
+        amax = weight_amax(weight) if channel_amax is None else channel_amax
+        channels = jnp.asarray(largest_channels(amax, recipe.outlier_channels))
         columns = weight[..., channels].astype(jnp.bfloat16)
         weight = weight.at[..., channels].set(0)
     if recipe.rotate:
@@ -81,18 +88,15 @@ def quantize_leaf(
     return TreatedWeight(_quantize(weight, form), scale, channels, columns, recipe.rotate)
 
 
-def untreated_input(name: str) -> bool:
-    """Whether the input of this weight is never quantised."""
-    return name.split(".")[-2] in UNTREATED_INPUTS
+def weight_amax(weight: jax.Array) -> np.ndarray:
+    """The largest magnitude of each input channel of a weight [..., out, in], float32 [in]."""
+    return np.asarray(jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=tuple(range(weight.ndim - 1))))
 
 
-def outlier_channels(weight: jax.Array, channel_amax: np.ndarray | None, count: int) -> jax.Array:
-    """The input channels with the largest magnitudes, int32 [count] in ascending order."""
-    if channel_amax is None:
-        channel_amax = np.asarray(jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=tuple(range(weight.ndim - 1))))
-    count = min(count, weight.shape[-1])
-    best = np.argsort(-channel_amax, kind="stable")[:count]
-    return jnp.asarray(np.sort(best), jnp.int32)
+def largest_channels(channel_amax: np.ndarray, count: int) -> np.ndarray:
+    """The `count` input channels (at most all) with the largest magnitudes, int32 in ascending order."""
+    best = np.argsort(-channel_amax, kind="stable")[: min(count, len(channel_amax))]
+    return np.sort(best).astype(np.int32)
 
 
 _quantize = jax.jit(quantize, static_argnums=1)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from dsv4.checkpoint import CheckpointError
 from dsv4.checkpoint import safetensors as ours
-from dsv4.checkpoint.safetensors import DTYPES, SafetensorsFile, Source, write_file
+from dsv4.checkpoint.safetensors import DTYPES, SafetensorsFile
+from dsv4.checkpoint.safetensors_write import Source, write_file
 
 ORACLE = Path(__file__).parents[1] / "oracle" / "ckpt"
 DTYPE_NAMES = st.sampled_from(sorted(DTYPES))

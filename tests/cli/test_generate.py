@@ -8,7 +8,7 @@ import pytest
 import dsv4 as library
 from dsv4.cli.generate import cache_bytes
 from dsv4.config import CACHE_FORMATS, Execution, load_config, replace
-from dsv4.cost import bytes_per_token, compressor_state_bytes, count_parameters, window_bytes
+from dsv4.cost import bytes_per_token, compressor_state_bytes, count_parameters, entry_bytes, window_bytes
 from dsv4.model.cache import MAX_STEP, init_cache
 
 PROMPT = "In the beginning"
@@ -38,9 +38,9 @@ def test_measured_cache_bytes_are_those_of_the_formula(dsv4, released, tmp_path)
     path = tmp_path / "facts.json"
     assert dsv4("generate", PROMPT, "--checkpoint", released, "--max-new", NEW, "--json", path).code == 0
     facts, config = json.loads(path.read_text()), load_config(released).model
-    form = CACHE_FORMATS["float32"]
-    drafts = len(config.layers) * (MAX_STEP - 1) * config.attention.head_dim * 4
-    assert facts["cache"] == {"window": "float32", "entries": "float32", "index": "float32"}
+    form = CACHE_FORMATS["fp8"]  # of a quantised checkpoint
+    drafts = len(config.layers) * (MAX_STEP - 1) * entry_bytes(config.attention, "fp8")
+    assert facts["cache"] == {"window": "fp8", "entries": "fp8", "index": "fp8"}
     assert facts["cache_bytes_per_token"] == bytes_per_token(config, form)
     assert facts["cache_bytes_fixed"] == window_bytes(config, form) + drafts + compressor_state_bytes(config)
     assert facts["parameters"]["active"] == count_parameters(config).active

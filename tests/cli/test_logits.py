@@ -36,6 +36,13 @@ def test_every_mode_gives_the_recorded_logits(dsv4, released, ids, recorded, tmp
     assert written["tokens_per_second"] * written["seconds"] == pytest.approx(150)
 
 
+def test_as_stored_rounds_activations_and_cache(dsv4, released, ids, recorded, tmp_path):
+    path = tmp_path / "logits.npy"
+    assert dsv4("logits", released, "--input-ids", ids, "--output", path, "--as-stored").code == 0
+    error = np.abs(np.load(path) - recorded["logits"])
+    assert 10 * TOLERANCE < error.max() and error.mean() < 0.2 * recorded["logits"].std()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -74,7 +81,6 @@ def test_an_unwritable_output_is_found_first(fails, released, ids, tmp_path, mon
 
 def test_options_out_of_range_are_2(fails, released, ids, tmp_path):
     command = ["logits", released, "--input-ids", ids, "--output", tmp_path / "x.npy"]
-    assert "recipes are not available yet" in fails(*command, "--recipe", "fp8", code=2)
     assert "--chunk is 0" in fails(*command, "--mode", "chunked", "--chunk", "0", code=2)
 
 

@@ -144,3 +144,12 @@ def test_a_layer_prints_as_it_is_read(layer):
 
 def test_released_codes():
     assert [str(released_layer(ratio)) for ratio in (0, 4, 2, 128)] == ["window", "csa:4", "hca:2", "hca:128"]
+
+
+def test_a_field_of_what_an_earlier_override_put_there():
+    config = apply_overrides(Execution(), ["cache=fp8_tensor", "cache.index=fp4"])
+    assert config.cache == CacheFormat("fp8_tensor", "fp8_tensor", "fp4")
+    config = apply_overrides(Execution(cache=CacheFormat()), ["cache.index=fp4", "cache.window=int8"])
+    assert config.cache == CacheFormat("int8", "fp8", "fp4")
+    with pytest.raises(ConfigError, match="cache is None: it has no field 'index'"):
+        apply_overrides(Execution(cache=CacheFormat()), ["cache=none", "cache.index=fp4"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dsv4
-from dsv4.config import ModelConfig, load_config
+from dsv4.config import Execution, ModelConfig, load_config
 from dsv4.decoding.run import _last_body, extend_body, forward_body
 from dsv4.model.cache import Cache, init_cache
 from dsv4.model.handle import Model
@@ -51,7 +51,7 @@ def model_of(name: str) -> Model:
         case "small's kinds":
             return dsv4.load("small", layers=range(3))
         case _:
-            return dsv4.load(ORACLE / name)
+            return dsv4.load(ORACLE / name, execution=Execution())
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Model:

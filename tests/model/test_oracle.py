@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dsv4
+from dsv4.config import Execution
 from dsv4.decoding.run import extend, last_logits
 from dsv4.model.cache import init_cache
 from dsv4.model.handle import Model
@@ -21,7 +22,7 @@ ORACLE = Path(__file__).parents[1] / "oracle"
 
 @cache
 def load(case: str) -> Model:
-    return dsv4.load(ORACLE / "ckpt" / case)
+    return dsv4.load(ORACLE / "ckpt" / case, execution=Execution())
 
 
 @cache

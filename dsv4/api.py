@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv4 import checkpoint
-from dsv4.config import ConfigError, Execution, ModelConfig, execution_for, load_config
+from dsv4.config import DEFAULT_MODEL, ConfigError, Execution, ModelConfig, execution_for, load_config
 from dsv4.model.handle import Model
 from dsv4.model.init import init_params
 
@@ -34,7 +34,7 @@ def checkpoint_path(source: str | Path) -> Path:
 
 
 def load(
-    source: str | Path = "small",
+    source: str | Path = DEFAULT_MODEL,
     *,
     execution: Execution | None = None,
     layers: range | None = None,

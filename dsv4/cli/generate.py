@@ -15,6 +15,7 @@ from dsv4.cli.app import UsageError
 from dsv4.cli.arguments import Checkpoint, JsonFile
 from dsv4.cli.compilation import keep_compiled_programs
 from dsv4.cli.source import load_model
+from dsv4.config import DEFAULT_MODEL
 from dsv4.cost import count_parameters, dense_multihead_bytes_per_token
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Generate:
     """The text to continue."""
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """A file that holds the prompt instead (UTF-8)."""
-    checkpoint: Checkpoint = "small"
+    checkpoint: Checkpoint = DEFAULT_MODEL
     max_new: int = 200
     """The most tokens to make; the end of the document stops earlier."""
     temperature: float = 0.8

@@ -15,7 +15,7 @@ from dsv4.config.model import (
     MoEConfig,
     YarnConfig,
 )
-from dsv4.config.named import NamedConfig, load_config, names
+from dsv4.config.named import DEFAULT_MODEL, NamedConfig, load_config, names
 from dsv4.config.overrides import apply_overrides, replace
 from dsv4.config.recipe import RECIPES, Recipe, execution_for, find_recipe
 from dsv4.config.released import read_released, write_released
@@ -27,6 +27,7 @@ __all__ = [
     "AttentionConfig",
     "CacheFormat",
     "ConfigError",
+    "DEFAULT_MODEL",
     "Execution",
     "HyperConnectionConfig",
     "IndexerConfig",

@@ -12,6 +12,10 @@ from dsv4.config.model import ModelConfig
 from dsv4.config.released import read_released
 from dsv4.config.training import TrainConfig
 
+# The shipped checkpoint that is loaded where none is named: FP8 weights and cache, MXFP4 experts. `small` is the same
+# model in 16 bits, to quantise, compare and train on.
+DEFAULT_MODEL = "small_released"
+
 
 @dataclass(frozen=True)
 class NamedConfig:

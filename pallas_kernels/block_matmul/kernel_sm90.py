@@ -44,10 +44,10 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an 
 
 
 class RowBlocks(NamedTuple):
-    """Rows in blocks of one expert each: expert int32 [most blocks], count int32 [1] of them that are real."""
+    """Rows in blocks of one expert each: expert int32 [most blocks], real int32 [1] of them hold rows."""
 
     expert: jax.Array
-    count: jax.Array
+    real: jax.Array
 
 
 def matmul(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.quant import elements
 from pallas_kernels.quant.bits import (
+    E8M0_NAN,
     bits_of,
     divide_by_power_of_two,
     float_of,
@@ -20,6 +21,10 @@ from pallas_kernels.quant.bits import (
 )
 from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.typing import typed
+
+# Scales from here on leave quantisation far from subnormal numbers: 1 / scale and every product that rounds to a code
+# other than zero are normal.
+NORMAL = 2.0**-100
 
 
 @typed
@@ -50,7 +55,10 @@ def quantize(
         raise ValueError(f"scale is {scale.dtype}, {form.name} stores {form.scale_dtype}")
     scale = jnp.broadcast_to(scale, shape)
     spread = _spread(scale, form, x.shape)
-    if form.scale == "ue8m0":
+    if form.power_of_two and own and form.amax_floor >= NORMAL * form.largest:
+        # What has no place in a code is far above the subnormals: a product of floats is exact where it matters.
+        ratio = wide * _spread(1 / as_float(scale), form, x.shape)
+    elif form.scale == "ue8m0":
         ratio = divide_by_power_of_two(wide, jax.lax.bitcast_convert_type(spread, jnp.uint8).astype(jnp.int32))
     elif form.power_of_two and own:  # a scale that was given may be any number
         codes = jnp.where(jnp.isnan(spread), 255, (bits_of(spread.astype(jnp.float32)) >> 23).astype(jnp.int32))
@@ -78,10 +86,28 @@ def dequantize(x: QuantTensor, dtype: DTypeLike = jnp.float32) -> Float[Array, "
     return (float_of(values) * spread.astype(jnp.float32)).astype(dtype)
 
 
+def scaled(x: QuantTensor, dtype: DTypeLike) -> Float[Array, "... rows columns"]:
+    """What arithmetic multiplies: `dequantize` by one float product, which may flush results below 2^-126 to zero.
+
+    Matrix units flush those anyway, and the exact integer arithmetic costs several times as much.
+    """
+    x.require_valid()
+    values = float_of(elements.decode(x.values, x.format.element))
+    return (values * _spread(as_float(x.scale), x.format, x.shape)).astype(dtype)
+
+
+def as_float(scale: Shaped[Array, ...]) -> Float32[Array, ...]:
+    """Scales of any type as float32; the UE8M0 code 0, 2^-127, may be flushed to zero."""
+    if scale.dtype != jnp.float8_e8m0fnu:
+        return scale.astype(jnp.float32)
+    codes = jax.lax.bitcast_convert_type(scale, jnp.uint8)
+    return jnp.where(codes == E8M0_NAN, jnp.nan, float_of(codes.astype(jnp.uint32) << 23))
+
+
 @typed
 def round_trip(x: Float[Array, "... rows columns"], form: QuantFormat) -> Float[Array, "... rows columns"]:
     """`x` as `form` would give it back, in x's dtype: what simulates a format on plain arrays."""
-    return dequantize(quantize(x, form), x.dtype)
+    return scaled(quantize(x, form), x.dtype)
 
 
 def _scales(x: Float32[Array, "... rows columns"], form: QuantFormat) -> Shaped[Array, ...]:

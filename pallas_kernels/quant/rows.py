@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.formats import FormatError, QuantFormat
-from pallas_kernels.quant.convert import dequantize, quantize
+from pallas_kernels.quant.convert import quantize, scaled
 from pallas_kernels.quant.hadamard import hadamard
 from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.row_format import RowFormat
@@ -110,7 +110,7 @@ def decode_rows(rows: Rows, dtype: DTypeLike) -> Float[Array, "... N width"]:
         quant, scale = form.quant, rows.scale[..., : _tiles(values.shape[-1] * form.quant.packing, form.quant)]
         if quant.scale == "ue8m0":
             scale = jax.lax.bitcast_convert_type(scale, quant.scale_dtype)
-    body = dequantize(QuantTensor(values, scale, quant), dtype)[..., : rows.width - form.tail]
+    body = scaled(QuantTensor(values, scale, quant), dtype)[..., : rows.width - form.tail]
     return body if rows.tail is None else jnp.concatenate([body, rows.tail.astype(dtype)], axis=-1)
 
 

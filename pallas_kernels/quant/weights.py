@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.quant.convert import dequantize, quantize
+from pallas_kernels.quant.convert import quantize, scaled
 from pallas_kernels.quant.hadamard import rotate_blocks
 from pallas_kernels.quant.tensor import QuantTensor
 
@@ -98,7 +98,7 @@ def shown(x: jax.Array, w: Any) -> Any:
 
 def dense_array(w: Any, dtype: DTypeLike) -> jax.Array:
     """An array or QuantTensor as an array of `dtype`."""
-    return dequantize(w, dtype) if isinstance(w, QuantTensor) else w.astype(dtype)
+    return scaled(w, dtype) if isinstance(w, QuantTensor) else w.astype(dtype)
 
 
 def treat(x: jax.Array, w: Any, activations: QuantFormat | None) -> tuple[jax.Array, Any, jax.Array | None]:
@@ -117,7 +117,7 @@ def treat(x: jax.Array, w: Any, activations: QuantFormat | None) -> tuple[jax.Ar
             x = rotate_blocks(x)
         w = w.weight
     if activations is not None and isinstance(w, QuantTensor):
-        x = dequantize(quantize_input(x, activations, scale), x.dtype).reshape(x.shape)
+        x = scaled(quantize_input(x, activations, scale), x.dtype).reshape(x.shape)
     return x, w, kept
 
 
@@ -143,4 +143,4 @@ def embedding_rows(table: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     tiles = ids * 0 if high is None else ids // high
     # A tensor [1, D] a row: one tile high whatever the format's tiles are.
     flat = QuantTensor(table.values[ids.reshape(-1)][:, None], table.scale[tiles.reshape(-1)][:, None], table.format)
-    return dequantize(flat, dtype).reshape(*ids.shape, table.shape[-1])
+    return scaled(flat, dtype).reshape(*ids.shape, table.shape[-1])

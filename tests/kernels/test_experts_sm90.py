@@ -39,7 +39,7 @@ def test_rows_are_laid_out_in_blocks_of_one_expert(rows):
     chosen = np.random.default_rng(2).integers(0, E, (37, 2))
     routing = routing_of(chosen)
     blocks = jax.device_get(lay_out(routing, rows))
-    assert blocks.row_blocks.count[0] == sum(-(-c // rows) for c in np.bincount(chosen.reshape(-1), minlength=E))
+    assert blocks.row_blocks.real[0] == sum(-(-c // rows) for c in np.bincount(chosen.reshape(-1), minlength=E))
     assert len(set(blocks.place.reshape(-1).tolist())) == chosen.size
     for token, (experts_of, places) in enumerate(zip(chosen, blocks.place, strict=True)):
         for slot, (expert, place) in enumerate(zip(experts_of, places, strict=True)):

@@ -12,9 +12,9 @@ import tyro
 
 from dsv4.cli import output
 from dsv4.cli.app import UsageError
-from dsv4.cli.arguments import Checkpoint, JsonFile
+from dsv4.cli.arguments import Checkpoint, JsonFile, Overrides
 from dsv4.cli.compilation import keep_compiled_programs
-from dsv4.cli.source import load_model
+from dsv4.cli.source import checkpoint_config, chosen_execution, load_model
 from dsv4.config import DEFAULT_MODEL
 from dsv4.cost import count_parameters, dense_multihead_bytes_per_token
 
@@ -35,6 +35,7 @@ class Generate:
     examples:
       dsv4 generate "In the beginning"
       dsv4 generate "KING HENRY" --temperature 0 --max-new 400
+      dsv4 generate "In the beginning" --set execution.cache=bf16
       dsv4 generate --prompt-file prompt.txt --checkpoint runs/tiny/model --json facts.json
     """
 
@@ -53,6 +54,13 @@ class Generate:
     """Draw from the most likely tokens that together have this probability; 1: from all."""
     seed: int = 0
     """The same seed, prompt and options give the same text on the same device."""
+    set: Annotated[
+        Overrides,
+        tyro.conf.arg(
+            help="Changes how the model runs: execution.cache=bf16 (or float32, fp8, fp8_fp4_index, fp8_tensor, int8), "
+            "execution.activations=none, execution.dtype=bfloat16, execution.implementation=reference."
+        ),
+    ] = ()
     json: JsonFile = None
 
     def run(self) -> None:
@@ -70,7 +78,8 @@ class Generate:
             raise UsageError(str(error)) from error
         with output.json_file(self.json) as write:
             keep_compiled_programs()
-            model = load_model(self.checkpoint)
+            execution = chosen_execution(checkpoint_config(self.checkpoint), self.set)
+            model = load_model(self.checkpoint, execution)
             tokenizer = load_tokenizer(model)
             ids = prompt_ids(model.config, encode(tokenizer, prompt))
             with output.progress("compiling"):

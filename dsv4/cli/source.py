@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv4.cli.app import UsageError
-from dsv4.config import ConfigError, Execution, ModelConfig, NamedConfig, apply_overrides, load_config, names
+from dsv4.config import (
+    ConfigError,
+    Execution,
+    ModelConfig,
+    NamedConfig,
+    apply_overrides,
+    execution_for,
+    load_config,
+    names,
+)
 
 if TYPE_CHECKING:
     from dsv4.model.handle import Model
@@ -34,6 +44,9 @@ def named_config(source: str, overrides: Sequence[str] = ()) -> NamedConfig:
 
 def checkpoint_config(source: str) -> ModelConfig:
     """The config of a CHECKPOINT argument, without its weights. Raises ConfigError."""
+    if not Path(source).exists() and not (SHIPPED / source / "config.json").is_file():
+        shipped = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+        raise ConfigError(f"no checkpoint {source!r}: give a directory, or a shipped model ({', '.join(shipped)})")
     return _load(source).model
 
 
@@ -67,6 +80,21 @@ def _orbax_config(path: Path):
         return config_from_dict(metadata["custom_metadata"]["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no checkpoint that dsv4 wrote: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What `--set execution.FIELD=VALUE` changes."""
+
+    execution: Execution
+
+
+def chosen_execution(config: ModelConfig, overrides: Sequence[str]) -> Execution:
+    """How a checkpoint of `config` is run: as it is stored, with overrides. Raises UsageError for a wrong one."""
+    try:
+        return apply_overrides(_Run(execution_for(config.storage)), overrides).execution
+    except ConfigError as error:
+        raise UsageError(f"--set: {error}") from error
 
 
 def load_model(source: str, execution: Execution | None = None) -> Model:

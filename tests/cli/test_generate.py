@@ -114,3 +114,14 @@ def test_a_file_that_is_no_text(fails, tmp_path):
 
 def test_an_unknown_checkpoint(fails):
     assert "no checkpoint 'nope'" in fails("generate", "x", "--checkpoint", "nope")
+
+
+def test_a_quantised_checkpoint_may_run_with_another_cache(dsv4, fails, released, tmp_path):
+    """A bf16 cache is always there, to find out what a format is to blame for."""
+    path = tmp_path / "facts.json"
+    chosen = ("--set", "execution.cache=bf16", "--set", "execution.activations=none")
+    assert dsv4("generate", PROMPT, "--checkpoint", released, "--max-new", 2, *chosen, "--json", path).code == 0
+    assert json.loads(path.read_text())["cache"] == {"window": "bfloat16", "entries": "bfloat16", "index": "bfloat16"}
+    error = fails("generate", PROMPT, "--checkpoint", released, "--set", "execution.cache=fp9", code=2)
+    assert "execution.cache is 'fp9'" in error and "bf16" in error
+    assert "no field 'model'" in fails("generate", PROMPT, "--checkpoint", released, "--set", "model.width=3", code=2)

@@ -1,7 +1,7 @@
 """dsv4: a readable, exact, trainable DeepSeek-V4 in JAX.
 
     import dsv4
-    model = dsv4.load("small")                    # a shipped model, a released checkpoint, or an orbax one
+    model = dsv4.load()                           # a shipped model, a released checkpoint, or an orbax one
     logits = dsv4.forward(model, ids)             # [B, T, V] float32; trace=True shows every choice inside
     logits, cache = dsv4.prefill(model, ids)      # [B, V]
     logits, cache = dsv4.decode_step(model, tokens, cache)

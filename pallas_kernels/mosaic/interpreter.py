@@ -8,9 +8,11 @@ import io
 from collections.abc import Iterator
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
 
 # Thread blocks of a simulated grid: enough for more than one to work, and for each to have more than one tile.
 INTERPRETED_SMS = 2
+_RACE = "RACE DETECTED"
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels are interpreted", default=False)
 
 
@@ -26,15 +28,18 @@ def interpreted() -> Iterator[None]:
     """
     token = _interpreted.set(True)
     printed = io.StringIO()
+    params = plgpu.InterpretGPUParams(detect_races=True)
     try:
-        with (
-            contextlib.redirect_stdout(printed),
-            plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)),
-        ):
+        with contextlib.redirect_stdout(printed), plgpu.force_gpu_interpret_mode(params):
             yield
+    except Exception as error:
+        reset_gpu_interpret_mode_state()  # else every kernel to come would fail like this one
+        if _RACE in str(error):  # jax from 0.12 on raises, before that it prints
+            raise RaceError(str(error)) from error
+        raise
     finally:
         _interpreted.reset(token)
-    if "RACE DETECTED" in (text := printed.getvalue()):
+    if _RACE in (text := printed.getvalue()):
         raise RaceError(text)
 
 

@@ -31,7 +31,7 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import BLOCK, WGMMA_ROWS, RowBlocks, drain, swizzled
+from pallas_kernels.block_matmul.kernel_sm90 import BLOCK, WGMMA_ROWS, RowBlocks, produce, swizzled
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.mosaic.scales import scale_product
@@ -83,43 +83,30 @@ def few_rows(
         warpgroup = lax.axis_index("warpgroup")
         row_block_count = m // rows if count_gmem is None else count_gmem[0]
         # Row blocks are the inner index: those that share a weight tile run together, and read it from the L2 cache.
-        loop = {"collective_axes": "sm", "init_carry": jnp.int32(0)}
-        grid = (tiles, row_block_count)
+        loop = {"grid": (tiles, row_block_count), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         def of_expert(gmem, block):
             return gmem if expert_gmem is None else gmem.at[expert_gmem[block]]
 
         @pl.when(warpgroup == warpgroups)
-        def produce():
-            plgpu.set_max_registers(40, action="decrease")
-
-            @plgpu.nd_loop(grid, **loop)
-            def total(info, carry):
+        def _produce():
+            def copy(info, i, slot):
                 tile, block = info.index
-                rows_gmem = pl.ds(tile * rows_each, rows_each)
+                rows_gmem, columns = pl.ds(tile * rows_each, rows_each), pl.ds(i * depth, depth)
+                for j, w_gmem in enumerate(w_gmems):
+                    source = of_expert(w_gmem, block).at[rows_gmem, columns]
+                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
+                tokens = pl.ds(block * rows, rows)
+                plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot])
 
-                @pl.loop(0, steps)
-                def _step(i):
-                    slot = lax.rem(carry + i, stages)
-                    pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    columns = pl.ds(i * depth, depth)
-                    for j, w_gmem in enumerate(w_gmems):
-                        source = of_expert(w_gmem, block).at[rows_gmem, columns]
-                        plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
-                    plgpu.copy_gmem_to_smem(
-                        x_gmem.at[pl.ds(block * rows, rows), columns], x_smem.at[slot], filled.at[slot]
-                    )
-
-                return carry + steps
-
-            drain(free, total, stages)
+            produce(loop, steps, stages, free, copy)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
             plgpu.set_max_registers(tiling.registers, action="increase")
             rows_smem = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
 
-            @plgpu.nd_loop(grid, **loop)
+            @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 tile, block = info.index
                 row = tile * rows_each + warpgroup * WGMMA_ROWS

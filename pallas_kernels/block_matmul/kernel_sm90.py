@@ -18,7 +18,7 @@ of wgmma, which the other consumer's wgmma covers.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -108,27 +108,17 @@ def many_rows(
             return gmem if expert_gmem is None else gmem.at[expert_gmem[row]]
 
         @pl.when(warpgroup == CONSUMERS)
-        def produce():
-            plgpu.set_max_registers(40, action="decrease")
-
-            @plgpu.nd_loop(**loop)
-            def total(info, carry):
+        def _produce():
+            def copy(info, i, slot):
                 row, column = tile_of(info)
                 rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * tile_n, tile_n)
+                block = pl.ds(i * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(a_gmem.at[rows, block], a_smem.at[slot], filled.at[slot])
+                for j, w_gmem in enumerate(w_gmems):
+                    source = of_expert(w_gmem, row).at[columns, block]
+                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
 
-                @pl.loop(0, steps)
-                def _step(i):
-                    slot = lax.rem(carry + i, stages)
-                    pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    block = pl.ds(i * BLOCK, BLOCK)
-                    plgpu.copy_gmem_to_smem(a_gmem.at[rows, block], a_smem.at[slot], filled.at[slot])
-                    for j, w_gmem in enumerate(w_gmems):
-                        source = of_expert(w_gmem, row).at[columns, block]
-                        plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
-
-                return carry + steps
-
-            drain(free, total, stages)
+            produce(loop, steps, stages, free, copy)
 
         @pl.when(warpgroup < CONSUMERS)
         def consume():
@@ -206,8 +196,22 @@ def many_rows(
     )(a, a_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
 
 
-def drain(free: Any, total: jax.Array, stages: int) -> None:
-    """Waits until the buffers of the last steps are read: every phase of a barrier that completes is observed."""
+def produce(loop: dict[str, Any], steps: int, stages: int, free: Any, copy: Callable[..., None]) -> None:
+    """The producer's part: `copy(info, i, slot)` for every step i of every tile of `loop`, as buffers come free.
+
+    It ends when the buffers of the last steps are read: every phase of a barrier that completes is observed.
+    """
+    plgpu.set_max_registers(40, action="decrease")
+
+    @plgpu.nd_loop(**loop)
+    def total(info, carry):
+        @pl.loop(0, steps)
+        def _step(i):
+            slot = lax.rem(carry + i, stages)
+            pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+            copy(info, i, slot)
+
+        return carry + steps
 
     @pl.loop(0, stages)
     def _wait(i):

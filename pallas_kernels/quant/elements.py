@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32, Shaped, UInt8, UInt32
 
 from pallas_kernels.formats import ELEMENTS, Element, ElementType
-from pallas_kernels.quant.bits import bits_of, float_of, power_of_two
+from pallas_kernels.quant.bits import bits_of, power_of_two
 
 
 def encode(x: Float32[Array, "... n"], element: Element, key: jax.Array | None = None) -> Shaped[Array, "... stored"]:
@@ -76,6 +76,3 @@ def _float32_bits_of_e2m1(codes: UInt8[Array, ...]) -> UInt32[Array, ...]:
     normal = ((magnitude >> 1) + 126) << 23 | (magnitude & 1) << 22
     small = jnp.where(magnitude == 1, jnp.uint32(126 << 23), jnp.uint32(0))
     return (codes >> 3) << 31 | jnp.where(magnitude < 2, small, normal)
-
-
-__all__ = ["decode", "encode", "float_of", "pack_nibbles", "unpack_nibbles"]

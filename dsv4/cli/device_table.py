@@ -14,6 +14,7 @@ import jax
 from dsv4.cli.implementations import Calls, traced_calls
 from dsv4.config import ModelConfig
 from dsv4.config.recipe import Recipe
+from pallas_kernels.block_matmul.sm90 import NO_HOPPER
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import Call
 from pallas_kernels.formats import QuantFormat, format_name
@@ -117,10 +118,15 @@ def _dtypes(notes: list[str]) -> tuple[str, ...]:
 
 
 def _why(cell: Cell, device: str) -> str:
-    """What was refused, for footnotes that devices share: without the device's name, and each reason once."""
+    """What was refused, for footnotes that devices share: without the device's name, and each reason once.
+
+    That a kernel is made for another GPU than this goes without saying.
+    """
     by_reason: dict[str, list[str]] = {}
     for refusal in cell.refused:
         name, _, reason = refusal.partition(": ")
+        if reason.endswith(NO_HOPPER):
+            continue
         by_reason.setdefault(reason.replace(device, "the device"), []).append(name)
     if len(by_reason) == 1 and "reference" in cell.runs:  # all that there is refuses for one reason
         return next(iter(by_reason))

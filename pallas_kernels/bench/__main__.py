@@ -1,129 +1,111 @@
 """Checks, then times, every benchmark case: ours, XLA's best and the peer's, in one run with one method.
 
-    python -m pallas_kernels.bench [OP ...] [--only TEXT] [--peers DIR] [--json FILE] [--tune]
+  python -m pallas_kernels.bench [OP ...] [--only TEXT] [--peers DIR] [--json FILE]   the figures
+  python -m pallas_kernels.bench [OP ...] [--only TEXT] --tune --json FILE            every tiling of each case
+  python -m pallas_kernels.bench --table FILE ...                                     keeps the best beside the op
+  python -m pallas_kernels.bench --markdown FILE ...                                  a table for the README
 
-Without a GPU it lists the cases, says that it cannot time them, and exits 0. --tune tries every tiling of each case and
-reports them all (otherwise the first that is listed); finished cases of FILE are not run again. Times are medians of
-kernel durations on the device (CUPTI); "limit" is bytes over 3.35 TB/s or FLOPs over the data sheet's rate.
+Times are medians of kernel durations on the device (CUPTI), over input sets that overflow the L2 cache; "limit" is
+bytes over 3.35 TB/s or FLOPs over the data sheet's rate, whichever takes longer. Every result of ours is compared with
+a float32 reference first. A row of FILE is written as soon as it is measured, and what FILE has is not measured again:
+the same command resumes a run that was stopped. Without a GPU the cases are listed and nothing is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
+import importlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from pallas_kernels.bench import block_matmul
-from pallas_kernels.bench.case import Bench, disagreement
-from pallas_kernels.bench.timing import input_sets, microseconds
+from pallas_kernels.bench import report, results
+from pallas_kernels.bench.case import Bench
+from pallas_kernels.bench.measure import DeviceLost, Row, beside, row_identity, rows
 
-OPS: dict[str, Callable[[], Iterator[Bench]]] = {"block_matmul": block_matmul.benches}
+# Each is a module here with `benches() -> Iterable[Bench]`.
+OPS = (
+    "block_matmul",
+    "grouped_matmul",
+    "mxfp4",
+    "quantize_rows",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.bench", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="where the peers' kernels were unpacked")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="appends a JSON line a case")
-    parser.add_argument("--tune", action="store_true", help="tries every tiling")
+    parser = _parser()
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.ops) - OPS.keys()):
+    if unknown := sorted(set(args.ops) - set(OPS)):
         parser.error(f"no benchmark of {', '.join(unknown)}: there are {', '.join(OPS)}")
-    cases = [case for op in args.ops or OPS for case in OPS[op]() if args.only in case.name]
+    others = not (args.tune or args.ours)
+    try:
+        if args.table or args.markdown:
+            found = [row for path in args.table or args.markdown for row in results.read(path)]
+            if args.markdown:
+                print(report.markdown(found))
+            for path in results.write_tables(found) if args.table else ():
+                print(path)
+            return 0
+        known = results.mend(args.json) if args.json else []
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    cases = [case for op in args.ops or OPS for case in benches(op) if args.only in case.name]
     if jax.default_backend() != "gpu":
         for case in cases:
             print(f"{case.op}  {case.name}  limit {case.limit:.1f} us")
         print(f"{len(cases)} cases; no GPU here ({jax.devices()[0].device_kind}), so none was timed")
         return 0
-    done = _done(args.json)
-    print(f"{'case':32} {'us':>8} {'limit':>6} {'TFLOP/s':>8} {'GB/s':>6} {'xla':>8} {'peer':>8} {'ratio':>6}  which")
-    for case in cases:
-        if (case.op, case.name) not in done:
-            row = measure(case, args.peers, args.tune)
-            _print(row)
-            if args.json is not None:
-                with args.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    print(report.HEADER)
+    keep = functools.partial(_keep, args.json)
+
+    def stuck(row: Row) -> None:
+        keep(row)
+        print("the kernel never ends, and so this process does: the same command goes on behind it", flush=True)
+        os._exit(1)
+
+    wanted = set(beside(others, args.peers))
+    finished = {row_identity(row) for row in known if wanted <= set(row.get("beside", ()))}
+    how = {"tuning": args.tune, "others": others, "peers": args.peers}
+    try:
+        for case in cases:
+            for row in rows(case, **how, finished=finished, stuck=stuck):
+                keep(row)
+    except DeviceLost:
+        print("the device is lost to this process: the same command goes on behind the kernel that lost it")
+        return 1
     return 0
 
 
-def measure(case: Bench, peers: Path | None, tune: bool) -> dict[str, Any]:
-    """One row: every figure of a case. An implementation that fails or is wrong has its reason in place of a time."""
-    keys = jax.random.split(jax.random.key(0), input_sets(case.nbytes))
-    make = jax.jit(case.inputs)
-    sets = [make(key) for key in keys]
-    want = case.reference(sets[0])
-    tried = list(case.ours.items()) if tune else list(case.ours.items())[:1]
-    ours = {name: _timed(run, sets, want) for name, run in tried}
-    xla = {name: _timed(run, sets, None) for name, run in case.xla.items()}
-    del sets
-    peer: float | str | None = None
-    if peers is not None and case.peer is not None:
-        from pallas_kernels.bench.peers import time_peer
-
-        try:
-            peer = time_peer(peers, case.peer, case.nbytes)
-        except Exception as error:
-            peer = f"{type(error).__name__}: {error}"[:300]
-    good = {name: time for name, time in ours.items() if isinstance(time, float)}
-    best = min(good, key=good.__getitem__, default=None)
-    device = jax.devices()[0]
-    return {
-        "op": case.op,
-        "case": case.name,
-        **case.shape,
-        "best": best,
-        "us": good.get(best) if best else None,
-        "limit_us": case.limit,
-        "nbytes": case.nbytes,
-        "flops": case.flops,
-        "ours": ours,
-        "xla": xla,
-        "peer_us": peer,
-        "device": device.device_kind,
-        "jax": jax.__version__,
-    }
+def _keep(path: Path | None, row: Row) -> None:
+    print(report.line(row), flush=True)
+    if path is not None:
+        results.append(path, row)
 
 
-def _timed(run: Callable[[Any], Any], sets: list[Any], want: Any) -> float | str:
-    try:
-        if want is not None:
-            got = run(sets[0])
-            if reason := disagreement(got[: want.shape[0]], want):
-                return f"wrong: {reason}"
-        return microseconds(run, sets)
-    except Exception as error:  # a tiling that does not fit must not end the run
-        return f"{type(error).__name__}: {error}"[:300]
+def benches(op: str) -> Iterable[Bench]:
+    return importlib.import_module(f"pallas_kernels.bench.{op}").benches()
 
 
-def _print(row: dict[str, Any]) -> None:
-    def text(value: Any, form: str) -> str:
-        return format(value, form) if isinstance(value, float) else "-"
-
-    us, peer = row["us"], row["peer_us"]
-    xla = min((time for time in row["xla"].values() if isinstance(time, float)), default=None)
-    rate, bandwidth = (row["flops"] / us / 1e6, row["nbytes"] / us / 1e3) if us else (None, None)
-    ratio = peer / us if us and isinstance(peer, float) else None
-    print(
-        f"{row['case']:32} {text(us, '8.1f'):>8} {row['limit_us']:6.1f} {text(rate, '8.0f'):>8} "
-        f"{text(bandwidth, '6.0f'):>6} {text(xla, '8.1f'):>8} {text(peer, '8.1f'):>8} {text(ratio, '6.2f'):>6}  "
-        f"{row['best'] or next(iter(row['ours'].values()), 'no kernel takes it')}",
-        flush=True,
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-
-def _done(path: Path | None) -> set[tuple[str, str]]:
-    if path is None or not path.exists():
-        return set()
-    return {(row["op"], row["case"]) for row in map(json.loads, path.read_text().splitlines())}
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="where the peers' kernels were unpacked")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="appends a JSON line a result; resumes")
+    parser.add_argument("--ours", action="store_true", help="neither XLA nor the peer is timed")
+    parser.add_argument("--tune", action="store_true", help="tries every tiling of ours, and neither XLA nor the peer")
+    made = parser.add_mutually_exclusive_group()
+    made.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="makes tiling_h100.json of results")
+    made.add_argument("--markdown", type=Path, nargs="+", metavar="FILE", help="prints results as a table")
+    return parser
 
 
 if __name__ == "__main__":

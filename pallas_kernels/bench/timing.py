@@ -17,8 +17,15 @@ CALLS = 60
 
 
 def input_sets(nbytes: int) -> int:
-    """How many sets of inputs of `nbytes` a benchmark rotates among."""
+    """How many sets of inputs of `nbytes` a benchmark rotates among: one where it alone is far larger than the L2."""
+    if nbytes > 4 * L2_BYTES:
+        return 1
     return max(2, min(64, -(-L2_BYTES // max(nbytes, 1))))
+
+
+def timed_calls(sets: int) -> int:
+    """How many calls a figure is the median of."""
+    return max(1, CALLS // sets) * sets
 
 
 def microseconds(call: Callable[[Any], Any], sets: Sequence[Any], wait: Callable[[], None] | None = None) -> float:
@@ -34,14 +41,13 @@ def microseconds(call: Callable[[Any], Any], sets: Sequence[Any], wait: Callable
             wait()
 
     finish([call(inputs) for inputs in sets])
-    rounds = max(1, CALLS // len(sets))
+    calls = timed_calls(len(sets))
     extension = library._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
     extension._cupti_init()
     try:
-        finish([call(inputs) for _ in range(rounds) for inputs in sets])
+        finish([call(inputs) for _ in range(calls // len(sets)) for inputs in sets])
     finally:
         kernels = extension._cupti_get_timings(True)
-    calls = rounds * len(sets)
     if not kernels or len(kernels) % calls:
         raise RuntimeError(f"{len(kernels or ())} kernels in {calls} calls: a call must launch the same ones each time")
     each = len(kernels) // calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_matmul import block_dot, reference, scaled_dot
+from pallas_kernels.block_matmul import block_dot, reference, scaled_dot, sm90
 from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
@@ -16,6 +16,7 @@ from pallas_kernels.typing import typed
 MATMUL = Op(
     "block_matmul",
     [
+        Candidate("sm90", sm90.matmul, sm90.unsupported_reason),
         Candidate("scaled_dot", scaled_dot.matmul, scaled_dot.unsupported_reason),
         Candidate("block_dot", block_dot.matmul, block_dot.unsupported_reason),
         reference_candidate(reference.matmul),

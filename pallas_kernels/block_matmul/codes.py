@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
+from pallas_kernels.block_matmul import reference
 from pallas_kernels.block_matmul.reference import precision, times
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.products import static_scale
 from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import TreatedWeight, quantize_input, treat
+from pallas_kernels.straight_through import straight_through
 
 
 def multiply(
@@ -24,8 +27,23 @@ def multiply(
 ) -> jax.Array:
     """The reference's result by `dot`, which gives float32 [rows, O] for codes [rows, I] and [O, I].
 
-    Scales multiply float32 sums, where the reference first rounds each dequantised operand to x's dtype.
+    Scales multiply float32 sums, where the reference first rounds each dequantised operand to x's dtype. The gradient
+    to x is that of the reference with x unrounded.
     """
+    smooth = functools.partial(reference.matmul, out_dtype=out_dtype)
+    return straight_through(functools.partial(_multiply, dot, activations=activations, out_dtype=out_dtype), smooth)(
+        x, w
+    )
+
+
+def _multiply(
+    dot: Callable[[QuantTensor, QuantTensor], jax.Array],
+    x: jax.Array,
+    w: Any,
+    *,
+    activations: QuantFormat | None,
+    out_dtype: DTypeLike | None,
+) -> jax.Array:
     assert activations is not None, "unsupported_reason refuses inputs that stay unrounded"
     treated, weight, kept = treat(x, w, None)
     y = dot(quantize_input(treated, activations, static_scale(w)), weight).reshape(*x.shape[:-1], -1)

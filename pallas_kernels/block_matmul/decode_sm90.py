@@ -1,4 +1,4 @@
-"""Block-scaled FP8 matmul for few rows on Hopper: every weight is read once, at the speed of memory.
+"""FP8 matmul for few rows on Hopper: every weight is read once, at the speed of memory.
 
 The same product as kernel_sm90.py with few rows, transposed: 64 weight rows are wgmma's M, the tokens its N, so that no
 tensor core works on padding and an accumulator is a few registers. Rows may be grouped by expert, in blocks of `rows`
@@ -8,8 +8,8 @@ Persistent thread blocks take `warpgroups` x 64 rows of every weight:
 - the producer copies `blocks` K blocks of the weights and of x a stage, running ahead across tiles: what hides the
   latency of memory is the bytes in flight, stages x weights x warpgroups x 64 x blocks x 128;
 - each consumer has 64 of the rows. It issues the wgmmas of all K blocks of a stage into accumulators of their own,
-  then adds them, times the scales of weight block and token, to float32 sums in K order. The epilogue makes one result
-  of the sums of all weights.
+  then adds them, times the scales of weight block and token, to float32 sums in K order. Scales that do not vary along
+  K multiply the finished sums instead. The epilogue makes one result of the sums of all weights.
 
 A token's sum is the same whatever other tokens are present: no split along K, no atomics.
 Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latency.
@@ -31,12 +31,20 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import BLOCK, WGMMA_ROWS, RowBlocks, produce, swizzled
+from pallas_kernels.block_matmul.kernel_sm90 import (
+    BLOCK,
+    COLUMNS,
+    WGMMA_ROWS,
+    RowBlocks,
+    produce,
+    scaled,
+    swizzled,
+)
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.mosaic.scales import scale_product
 
-TOKENS = plgpu.Layout.WGMMA.reduce(0)  # of a vector with one element a token: the columns of an accumulator
+TOKENS = COLUMNS  # the layout of a vector with one element a token
 
 
 def matmul(
@@ -49,7 +57,8 @@ def matmul(
 ) -> jax.Array:
     """y [M, N] of x [M, K], x_scale [K/128, M] (tokens last), w [N, K], w_scale [N/128, K/128].
 
-    M is a multiple of 8 (wgmma's N), N of 64 x warpgroups, K of 128 x blocks. Scales uint8 (UE8M0) or float32.
+    Or x_scale [M] and w_scale [N], both float32, of all K. M is a multiple of 8 (wgmma's N), N of 64 x warpgroups, K of
+    128 x blocks. Codes E4M3 or E5M2, scales uint8 (UE8M0) or float32.
     """
     return few_rows(x, x_scale, [(w, w_scale)], tiling, rows=x.shape[0], out_dtype=out_dtype)
 
@@ -68,14 +77,16 @@ def few_rows(
 ) -> jax.Array:
     """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
 
-    weights: pairs of codes [N, K] and scales [N/128, K/128], with a leading expert axis where `row_blocks` is given;
-    blocks that are not real are not written. factors float32 [M]: for the epilogue, which gets the float32 sums
-    [64, rows] of each weight (tokens last) and the factors [rows] of its tokens (None without).
+    weights: pairs of codes [N, K], all of one type, and scales [N/128, K/128], or [N] where x_scale is [M]; with a
+    leading expert axis where `row_blocks` is given; blocks that are not real are not written. factors float32 [M]: for
+    the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows] of its
+    tokens (None without).
     """
     (m, k), n = x.shape, weights[0][0].shape[-2]
     stages, warpgroups, blocks = tiling.stages, tiling.warpgroups, tiling.blocks
     rows_each, depth, count = WGMMA_ROWS * warpgroups, blocks * BLOCK, len(weights)
     tiles, steps = n // rows_each, k // depth
+    once = x_scale.ndim == 1  # scales multiply finished sums
     assert (m % rows, rows % 8, n % rows_each, k % depth) == (0, 0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
@@ -115,7 +126,7 @@ def few_rows(
 
                 def scales_of(i: Any) -> tuple[tuple[jax.Array, ...], ...]:
                     found = []
-                    for b in range(blocks):
+                    for b in range(0 if once else blocks):
                         of_tokens = plgpu.load(x_scale_gmem.at[i * blocks + b, tokens], layout=TOKENS, optimized=False)
                         of_weights = (gmem[row // BLOCK, i * blocks + b] for gmem in scales_gmem)
                         found.append(tuple(scale_product(of_tokens, scale) for scale in of_weights))
@@ -138,7 +149,9 @@ def few_rows(
                         for at, accumulator in enumerate(accumulators):
                             b, j = divmod(at, count)
                             product = wgmma_accumulator_load(accumulator, wait_n=len(accumulators) - 1 - at)
-                            added[j] = added[j] + product * lax.broadcast_in_dim(scales[b][j], product.shape, [1])
+                            if not once:
+                                product *= lax.broadcast_in_dim(scales[b][j], product.shape, [1])
+                            added[j] = added[j] + product
                         return tuple(added)
 
                     fresh = [plgpu.ACC((WGMMA_ROWS, rows), jnp.float32)] * (blocks * count)
@@ -148,6 +161,9 @@ def few_rows(
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
                 _, sums = lax.fori_loop(0, steps, step, (scales_of(0), (zero,) * count))
+                if once:
+                    of_weights = (gmem.at[pl.ds(row, WGMMA_ROWS)] for gmem in scales_gmem)
+                    sums = [scaled(x, at, x_scale_gmem.at[tokens]) for x, at in zip(sums, of_weights, strict=True)]
                 of_tokens = None
                 if factors_gmem is not None:
                     of_tokens = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
@@ -170,7 +186,7 @@ def few_rows(
         thread_name="warpgroup",
         scratch_types={
             "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
-            "w": plgpu.SMEM((stages, count, rows_each, depth), x.dtype, transforms=swizzled(1)),
+            "w": plgpu.SMEM((stages, count, rows_each, depth), weights[0][0].dtype, transforms=swizzled(1)),
             "y": plgpu.SMEM((warpgroups, rows, WGMMA_ROWS), out_dtype),
             "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),

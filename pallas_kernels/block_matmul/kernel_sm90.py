@@ -1,17 +1,18 @@
-"""Block-scaled FP8 matmul for many rows on Hopper: y[m, n] = sum_b sa[m, b] sb[n/128, b] (a[m, b] . w[n, b]).
+"""FP8 matmul for many rows on Hopper: y[m, n] = sum_b sa[m, b] sb[n/128, b] (a[m, b] . w[n, b]).
 
-a [M, K] and w [N, K] are E4M3; b runs over the blocks of 128 along K. One persistent thread block an SM takes output
-tiles in an order that keeps their operands in the L2 cache. Three warpgroups:
+a [M, K] and w [N, K] are E4M3 or E5M2, b runs over the blocks of 128 along K. Scales that do not vary along K multiply
+the finished sums instead: y[m, n] = sa[m] sb[n] sum_b a[m, b] . w[n, b].
 
 Rows may be grouped by expert, in blocks of tile_m that belong to one expert each, and several weights may share their
-input, as the gate and up projections do.
+input, as the gate and up projections do. One persistent thread block an SM takes output tiles in an order that keeps
+their operands in the L2 cache. Three warpgroups:
 
 - the producer runs ahead, across tiles, and copies one K block of both operands (TMA, 128-byte swizzle) into each of
   `stages` buffers;
 - two consumers share the tile, half its rows or half its columns each. For every K block a consumer issues one wgmma a
-  64 rows into a fresh accumulator, and while the next one runs adds the finished one, times the two scales, to float32
-  sums: tensor cores accumulate E4M3 products in fewer bits than float32 has, so that no chain is longer than 128.
-  Scales come straight from device memory, one block ahead.
+  64 rows into a fresh accumulator, and while the next one runs adds the finished one, times the two scales of the
+  block, to float32 sums: tensor cores accumulate FP8 products in fewer bits than float32 has, so that no chain is
+  longer than 128. Scales come straight from device memory, one block ahead.
 
 Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma. A consumer adds 64 x 128 / 128 = 64 products a thread for every 256 cycles
 of wgmma, which the other consumer's wgmma covers.
@@ -22,6 +23,8 @@ of wgmma, which the other consumer's wgmma covers.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +37,7 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.tiling import ManyRows
+from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.mosaic.scales import scale_product
 
@@ -41,6 +45,7 @@ BLOCK = 128  # of K, and rows of a weight scale
 WGMMA_ROWS = 64
 CONSUMERS = 2
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 
 
 class RowBlocks(NamedTuple):
@@ -60,7 +65,7 @@ def matmul(
 ) -> jax.Array:
     """y [M, N] of a [M, K], a_scale [M, K/128], w [N, K], w_scale [N/128, K/128]; scales uint8 (UE8M0) or float32.
 
-    M and N are multiples of the tile, K of 128.
+    Or a_scale [M] and w_scale [N], both float32, of all K. M and N are multiples of the tile, K of 128.
     """
     return many_rows(a, a_scale, [(w, w_scale)], tiling, out_dtype=out_dtype)
 
@@ -78,45 +83,63 @@ def many_rows(
 ) -> jax.Array:
     """y [M, N]: `epilogue` of the products of a [M, K] with every weight.
 
-    weights: pairs of codes [N, K] and scales [N/128, K/128], with a leading expert axis where `row_blocks` (of tile_m
-    rows) is given; blocks that are not real are not written. Several weights need a tile that is split by rows.
+    weights: pairs of codes [N, K], all of one type, and scales [N/128, K/128], or [N] where a_scale is [M]; with a
+    leading expert axis where `row_blocks` (of tile_m rows) is given; blocks that are not real are not written. Several
+    weights need a tile that is split by rows.
     factors float32 [M]: for the epilogue, which gets the float32 sums [64, columns] of each weight and the factors
     [64] of its rows (None without).
     """
     (m, k), n, count = a.shape, weights[0][0].shape[-2], len(weights)
-    tile_m, tile_n, stages = tiling.tile_m, tiling.tile_n, tiling.stages
+    tile_m, tile_n, stages, blocks, cluster = tiling.tile_m, tiling.tile_n, tiling.stages, tiling.blocks, tiling.cluster
     by_rows = tiling.split == "rows"
     rows_each, columns_each = (tile_m // CONSUMERS, tile_n) if by_rows else (tile_m, tile_n // CONSUMERS)
     parts, steps, (row_tiles, column_tiles) = rows_each // WGMMA_ROWS, k // BLOCK, (m // tile_m, n // tile_n)
-    assert (m % tile_m, n % tile_n, k % BLOCK) == (0, 0, 0), f"{(m, n, k)} in tiles of {tiling}"
+    chunks = list(itertools.product(range(blocks), range(parts), range(count)))  # the wgmmas of one iteration
+    along_rows = tiling.cluster_along == "rows"
+    across = (cluster, 1) if along_rows else (1, cluster)  # tiles of a cluster
+    whole = (tile_m * across[0], tile_n * across[1], BLOCK * blocks)
+    assert (m % whole[0], n % whole[1], k % whole[2]) == (0, 0, 0), f"{(m, n, k)} in tiles of {tiling}"
     assert by_rows or count == 1, "the consumers of several weights share their columns"
+    assert across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
+    once = a_scale.ndim == 1  # scales multiply finished sums
+    ahead = parts * count == 1
+    assert len(chunks) % tiling.in_flight == 0, f"{len(chunks)} products in groups of {tiling.in_flight}"
 
     def kernel(a_gmem, a_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
         a_smem, w_smem, y_smem, filled, free = (scratch[name] for name in ("a", "w", "y", "filled", "free"))
         warpgroup = lax.axis_index("warpgroup")
-        real = row_tiles if count_gmem is None else count_gmem[0]
-        loop = {"grid": (real * column_tiles,), "collective_axes": "sm", "init_carry": jnp.int32(0)}
+        real = None if count_gmem is None else count_gmem[0]
+        grid = (row_tiles if real is None else real) // across[0], column_tiles // across[1]
+        loop = {"grid": (grid[0] * grid[1],), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         def tile_of(info: plgpu.NDLoopInfo) -> tuple[jax.Array, jax.Array]:
-            if count_gmem is None:
-                order = 0 if tiling.rows_first else 1
-                return plgpu.planar_snake(info.index[0], (row_tiles, column_tiles), order, tiling.width)
-            # Rows of one expert are neighbours: together they read a tile of its weights once.
-            return lax.rem(info.index[0], real), lax.div(info.index[0], real)
+            if real is None:
+                row, column = plgpu.planar_snake(info.index[0], grid, 0 if tiling.rows_first else 1, tiling.width)
+            else:  # rows of one expert are neighbours: together they read a tile of its weights once
+                row, column = lax.rem(info.index[0], real), lax.div(info.index[0], real)
+            of_cluster = 0 if cluster == 1 else lax.axis_index("block")
+            return (row * cluster + of_cluster, column) if along_rows else (row, column * cluster + of_cluster)
 
         def of_expert(gmem, row):
             return gmem if expert_gmem is None else gmem.at[expert_gmem[row]]
 
         @pl.when(warpgroup == CONSUMERS)
         def _produce():
+            # Thread blocks of a cluster share an operand: each copies a part of its tile to all of them. (The
+            # interpreter has no such copies; there each copies the whole.)
+            shared = "block" if cluster > 1 and not is_interpreted() else None
+            shared_a, shared_w = (None, shared) if along_rows else (shared, None)
+
             def copy(info, i, slot):
                 row, column = tile_of(info)
                 rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * tile_n, tile_n)
                 block = pl.ds(i * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(a_gmem.at[rows, block], a_smem.at[slot], filled.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    a_gmem.at[rows, block], a_smem.at[slot], filled.at[slot], collective_axes=shared_a
+                )
                 for j, w_gmem in enumerate(w_gmems):
                     source = of_expert(w_gmem, row).at[columns, block]
-                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
+                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot], collective_axes=shared_w)
 
             produce(loop, steps, stages, free, copy)
 
@@ -126,6 +149,8 @@ def many_rows(
             first_row = warpgroup * rows_each if by_rows else 0
             first_column = 0 if by_rows else warpgroup * columns_each
             columns_smem = pl.ds(first_column, columns_each)
+            if tiling.in_turn:
+                pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
 
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
@@ -134,64 +159,104 @@ def many_rows(
                 scales_gmem = [of_expert(gmem, row) for gmem in w_scale_gmems]
                 rows_of = [pl.ds(row_gmem + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
 
-                def scales_of(i: Any) -> tuple[jax.Array, ...]:
-                    of_weights = [gmem[column_gmem // BLOCK, i] for gmem in scales_gmem]
-                    of_rows = (plgpu.load(a_scale_gmem.at[rows, i], layout=ROWS, optimized=False) for rows in rows_of)
-                    return tuple(scale_product(scale, weight) for scale in of_rows for weight in of_weights)
+                def scales_of(i: Any) -> list[tuple[jax.Array, jax.Array]]:
+                    found = []
+                    for b, p, j in [] if once else chunks:
+                        block = jnp.minimum(i * blocks + b, steps - 1)
+                        of_rows = plgpu.load(a_scale_gmem.at[rows_of[p], block], layout=ROWS, optimized=False)
+                        found.append((of_rows, scales_gmem[j][column_gmem // BLOCK, block]))
+                    return found
 
                 def step(i, state):
                     scales, sums = state
-                    slot = lax.rem(carry + i, stages)
-                    plgpu.barrier_wait(filled.at[slot])
-                    following = scales_of(jnp.minimum(i + 1, steps - 1))
+                    sums = list(sums)
+                    # Scales come straight from device memory: an iteration ahead where registers allow it.
+                    following = scales_of(i + 1) if ahead else []
+                    scales = scales or scales_of(i)
 
-                    def multiply(*accumulators):
-                        for at, accumulator in enumerate(accumulators):
-                            p, j = divmod(at, count)
+                    def slot_of(b):
+                        return lax.rem(carry + i * blocks + b, stages)
+
+                    def multiply(*accumulators, group):
+                        for at, accumulator in zip(group, accumulators, strict=True):
+                            b, p, j = chunks[at]
                             rows_smem = pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS)
-                            plgpu.wgmma(accumulator, a_smem.at[slot, rows_smem], w_smem.at[slot, j, columns_smem].T)
+                            operands = a_smem.at[slot_of(b), rows_smem], w_smem.at[slot_of(b), j, columns_smem].T
+                            plgpu.wgmma(accumulator, *operands)
+                        if tiling.in_turn:
+                            plgpu.barrier_arrive(scratch["turn"].at[1 - warpgroup])
                         added = []
-                        for at, accumulator in enumerate(accumulators):
-                            product = wgmma_accumulator_load(accumulator, wait_n=len(accumulators) - 1 - at)
-                            added.append(sums[at] + product * lax.broadcast_in_dim(scales[at], product.shape, [0]))
-                        return tuple(added)
+                        for left, at, accumulator in zip(reversed(range(len(group))), group, accumulators, strict=True):
+                            b, p, j = chunks[at]
+                            product = wgmma_accumulator_load(accumulator, wait_n=left)
+                            if (p, j) == (parts - 1, count - 1):
+                                plgpu.barrier_arrive(free.at[slot_of(b)])
+                            if not once:
+                                product *= lax.broadcast_in_dim(scale_product(*scales[at]), product.shape, [0])
+                            before = next((x for q, x in added[::-1] if q == (p, j)), sums[p * count + j])
+                            added.append(((p, j), before + product))
+                        return tuple(x for _, x in added)
 
-                    fresh = [plgpu.ACC((WGMMA_ROWS, columns_each), jnp.float32)] * (parts * count)
-                    sums = pl.run_scoped(multiply, *fresh)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return following, sums
+                    for first in range(0, len(chunks), tiling.in_flight):
+                        group = range(first, first + tiling.in_flight)
+                        for b in (b for b, p, j in (chunks[at] for at in group) if (p, j) == (0, 0)):
+                            # Here, not between an accumulator's birth and its wgmma: that would cost writing zeros.
+                            plgpu.barrier_wait(filled.at[slot_of(b)])
+                        if tiling.in_turn:
+                            plgpu.barrier_wait(scratch["turn"].at[warpgroup])
+                        fresh = [plgpu.ACC((WGMMA_ROWS, columns_each), jnp.float32)] * len(group)
+                        added = pl.run_scoped(functools.partial(multiply, group=group), *fresh)
+                        for at, x in zip(group, added, strict=True):
+                            _, p, j = chunks[at]
+                            sums[p * count + j] = x
+                    return following, tuple(sums)
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, columns_each), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (scales_of(0), (zero,) * (parts * count)))
+                first_scales = scales_of(0) if ahead else []
+                _, sums = lax.fori_loop(0, steps // blocks, step, (first_scales, (zero,) * (parts * count)))
                 for p, rows in enumerate(rows_of):
-                    of_rows = None
+                    of_rows, of_part = None, sums[p * count : (p + 1) * count]
+                    if once:
+                        columns = pl.ds(column_gmem, columns_each)
+                        of_part = [
+                            scaled(x, a_scale_gmem.at[rows], gmem.at[columns])
+                            for x, gmem in zip(of_part, scales_gmem, strict=True)
+                        ]
                     if factors_gmem is not None:
                         of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
-                    y = epilogue(*sums[p * count : (p + 1) * count], of_rows).astype(out_dtype)
+                    y = epilogue(*of_part, of_rows).astype(out_dtype)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     y_smem[warpgroup] = y
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[rows, pl.ds(column_gmem, columns_each)])
                 return carry + steps
 
+            if tiling.in_turn:
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     expert, real = (None, None) if row_blocks is None else row_blocks
+    clusters: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
+    free: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+    if cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(min(sm_count(), row_tiles * column_tiles),),
+        grid=(max(1, min(sm_count(), row_tiles * column_tiles) // cluster),),
         grid_names=("sm",),
+        **clusters,
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types={
             "a": plgpu.SMEM((stages, tile_m, BLOCK), a.dtype, transforms=swizzled(1)),
-            "w": plgpu.SMEM((stages, count, tile_n, BLOCK), a.dtype, transforms=swizzled(1)),
+            "w": plgpu.SMEM((stages, count, tile_n, BLOCK), weights[0][0].dtype, transforms=swizzled(1)),
             "y": plgpu.SMEM(
                 (CONSUMERS, WGMMA_ROWS, columns_each), out_dtype, transforms=swizzled(jnp.dtype(out_dtype).itemsize)
             ),
             "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
-            "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            "free": free,
+            **({"turn": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS)} if tiling.in_turn else {}),
         },
     )(a, a_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
 
@@ -217,6 +282,14 @@ def produce(loop: dict[str, Any], steps: int, stages: int, free: Any, copy: Call
     def _wait(i):
         step = total - stages + i
         pl.when(step >= 0)(lambda: plgpu.barrier_wait(free.at[lax.rem(step, stages)]))
+
+
+def scaled(sums: jax.Array, of_rows_gmem: Any, of_columns_gmem: Any) -> jax.Array:
+    """sums [rows, columns] of an accumulator, times float32 scales [rows] and [columns] from device memory."""
+    for axis, (gmem, layout) in enumerate(((of_rows_gmem, ROWS), (of_columns_gmem, COLUMNS))):
+        scale = plgpu.load(gmem, layout=layout, optimized=False)
+        sums = sums * lax.broadcast_in_dim(scale, sums.shape, [axis])
+    return sums
 
 
 def swizzled(itemsize: int) -> tuple[Any, ...]:

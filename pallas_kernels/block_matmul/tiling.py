@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+PRODUCER_REGISTERS = 40
+LAUNCH_REGISTERS = 65536 // 128  # of a multiprocessor, for one thread of every warpgroup
+
+
+def launch_registers(warpgroups: int) -> int:
+    """What a thread block of so many warpgroups is given at its launch, for one thread of each; multiples of 8 each.
+
+    Consumers take from the producer, never more: a warpgroup that asks for registers beyond these waits for ever.
+    """
+    return warpgroups * (LAUNCH_REGISTERS // warpgroups // 8 * 8)
+
 
 @dataclass(frozen=True)
 class ManyRows:
@@ -19,6 +30,11 @@ class ManyRows:
     split: Literal["rows", "columns"] = "columns"
     rows_first: bool = True
     width: int = 8
+    blocks: int = 1
+    in_flight: int = 1
+    cluster: int = 1
+    cluster_along: Literal["rows", "columns"] = "rows"
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,3 +45,8 @@ class FewRows:
     stages: int = 5
     warpgroups: int = 1
     registers: int = 160
+
+    def __post_init__(self) -> None:
+        asked = self.warpgroups * self.registers + PRODUCER_REGISTERS
+        if asked > (there := launch_registers(self.warpgroups + 1)):
+            raise ValueError(f"{self} asks for {asked} registers (one thread of each warpgroup), there are {there}")

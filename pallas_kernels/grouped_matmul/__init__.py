@@ -1,5 +1,5 @@
 """Expert layers: rows sorted by expert, one weight matrix an expert."""
 
-from pallas_kernels.grouped_matmul.api import expert_down, expert_gate_up
+from pallas_kernels.grouped_matmul.api import experts
 
-__all__ = ["expert_down", "expert_gate_up"]
+__all__ = ["experts"]

@@ -1,4 +1,4 @@
-"""The two halves of an expert layer. Between them a kernel may keep its rows in low precision."""
+"""A layer of experts as one op, so that a kernel may lay out its rows as it likes and keep them in low precision."""
 
 from __future__ import annotations
 
@@ -7,57 +7,39 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.grouped_matmul import reference, scaled_dot
+from pallas_kernels.grouped_matmul import reference, scaled_dot, sm90
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.quant.weights import shown
 from pallas_kernels.router import Routing
 from pallas_kernels.typing import typed
 
-GATE_UP = Op(
-    "expert_gate_up",
+EXPERTS = Op(
+    "experts",
     [
-        Candidate("scaled_dot", scaled_dot.expert_gate_up, scaled_dot.gate_up_unsupported_reason),
-        reference_candidate(reference.expert_gate_up),
-    ],
-)
-DOWN = Op(
-    "expert_down",
-    [
-        Candidate("scaled_dot", scaled_dot.expert_down, scaled_dot.down_unsupported_reason),
-        reference_candidate(reference.expert_down),
+        Candidate("sm90", sm90.experts, sm90.unsupported_reason),
+        Candidate("scaled_dot", scaled_dot.experts, scaled_dot.unsupported_reason),
+        reference_candidate(reference.experts),
     ],
 )
 
 
 @typed
-def expert_gate_up(
+def experts(
     x: Float[Array, "N D"],
     w1: Float[Array, "E I D"] | QuantTensor | TreatedWeight | ObservedWeight,
     w3: Float[Array, "E I D"] | QuantTensor | TreatedWeight | ObservedWeight,
+    w2: Float[Array, "E D I"] | QuantTensor | TreatedWeight | ObservedWeight,
     routing: Routing,
     *,
     limit: float,
     activations: QuantFormat | None = None,
     implementation: str = "auto",
-) -> Float[Array, "Nk I"]:
-    """swiglu(x w1, x w3) times the routing weight, for every token's k experts; rows in `routing.order`.
-
-    The routing weight multiplies here, before the second projection, so that a kernel can quantise its result.
-    activations: as in `matmul`.
-    """
-    return GATE_UP(
-        x, shown(x, w1), shown(x, w3), routing, limit=limit, activations=activations, implementation=implementation
-    )
-
-
-@typed
-def expert_down(
-    hidden: Float[Array, "Nk I"],
-    w2: Float[Array, "E D I"] | QuantTensor | TreatedWeight | ObservedWeight,
-    routing: Routing,
-    *,
-    activations: QuantFormat | None = None,
-    implementation: str = "auto",
 ) -> Float[Array, "N D"]:
-    """The second projection of the rows of `expert_gate_up`, summed over each token's experts in float32."""
-    return DOWN(hidden, shown(hidden, w2), routing, activations=activations, implementation=implementation)
+    """Every token's sum of w2 (routing weight * swiglu(w1 x, w3 x)) over its k experts, added in float32, in x's dtype.
+
+    The routing weight multiplies before the second projection, so that a kernel can quantise its result. limit: of the
+    SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights.
+    """
+    # What w2 sees exists only within the layer: the reference shows it.
+    w1, w3 = shown(x, w1), shown(x, w3)
+    return EXPERTS(x, w1, w3, w2, routing, limit=limit, activations=activations, implementation=implementation)

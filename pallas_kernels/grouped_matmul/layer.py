@@ -1,4 +1,4 @@
-"""The two halves of an expert layer around any grouped product."""
+"""An expert layer, and its two halves, around any grouped product."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats import QuantFormat
+from pallas_kernels.quant.weights import shown
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import swiglu
 
 # (rows [N, I] sorted by expert, weight [E, O, I], rows of each expert [E], activations) -> [N, O]
 Product = Callable[[jax.Array, Any, jax.Array, QuantFormat | None], jax.Array]
+
+
+def experts(
+    product: Product,
+    x: jax.Array,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    routing: Routing,
+    limit: float,
+    activations: QuantFormat | None,
+) -> jax.Array:
+    hidden = gate_up(product, x, w1, w3, routing, limit, activations)
+    return down(product, hidden, shown(hidden, w2), routing, activations)
 
 
 def gate_up(

@@ -44,6 +44,19 @@ def times(x: jax.Array, w: Any, counts: jax.Array) -> jax.Array:
     return jax.lax.ragged_dot_general(x, dense, counts, RAGGED, preferred_element_type=jnp.float32)
 
 
+def experts(
+    x: jax.Array,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    routing: Routing,
+    *,
+    limit: float,
+    activations: QuantFormat | None = None,
+) -> jax.Array:
+    return layer.experts(grouped_matmul, x, w1, w3, w2, routing, limit, activations)
+
+
 def expert_gate_up(
     x: jax.Array, w1: Any, w3: Any, routing: Routing, *, limit: float, activations: QuantFormat | None = None
 ) -> jax.Array:

@@ -6,6 +6,7 @@ experts, many go through the ragged dot, like the reference.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import layer
+from pallas_kernels.grouped_matmul.gradient import OBSERVED, with_gradient
 from pallas_kernels.grouped_matmul.reference import RAGGED, times
 from pallas_kernels.products import (
     asked_of_dot,
@@ -21,39 +23,54 @@ from pallas_kernels.products import (
     static_scale,
 )
 from pallas_kernels.quant.tensor import QuantTensor
-from pallas_kernels.quant.weights import TreatedWeight, quantize_input, treat
+from pallas_kernels.quant.weights import ObservedWeight, TreatedWeight, quantize_input, treat
 from pallas_kernels.router import Routing
 
 
-def expert_gate_up(
-    x: jax.Array, w1: Any, w3: Any, routing: Routing, *, limit: float, activations: QuantFormat | None = None
+def experts(
+    x: jax.Array,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    routing: Routing,
+    *,
+    limit: float,
+    activations: QuantFormat | None = None,
 ) -> jax.Array:
-    return layer.gate_up(grouped_matmul, x, w1, w3, routing, limit, activations)
+    run = functools.partial(_experts, activations=activations)
+    return with_gradient(run, x, w1, w3, w2, routing, limit=limit)
 
 
-def expert_down(hidden: jax.Array, w2: Any, routing: Routing, *, activations: QuantFormat | None = None) -> jax.Array:
-    return layer.down(grouped_matmul, hidden, w2, routing, activations)
+def _experts(
+    x: jax.Array, w1: Any, w3: Any, w2: Any, routing: Routing, *, limit: float, activations: QuantFormat | None
+) -> jax.Array:
+    return layer.experts(grouped_matmul, x, w1, w3, w2, routing, limit, activations)
 
 
-def gate_up_unsupported_reason(
-    x: jax.Array, w1: Any, w3: Any, routing: Routing, *, limit: float, activations: QuantFormat | None = None
+def unsupported_reason(
+    x: jax.Array,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    routing: Routing,
+    *,
+    limit: float,
+    activations: QuantFormat | None = None,
 ) -> str | None:
+    """Of any of the three products: the weights may be stored differently."""
     del routing, limit
-    return _unsupported_reason(x, w1, activations) or _unsupported_reason(x, w3, activations)
+    if isinstance(w2, ObservedWeight):
+        return OBSERVED
+    columns = x.shape[-1], x.shape[-1], w2.shape[-1]
+    reasons = (_unsupported_reason(k, w, activations) for k, w in zip(columns, (w1, w3, w2), strict=True))
+    return next((reason for reason in reasons if reason), None)
 
 
-def down_unsupported_reason(
-    hidden: jax.Array, w2: Any, routing: Routing, *, activations: QuantFormat | None = None
-) -> str | None:
-    del routing
-    return _unsupported_reason(hidden, w2, activations)
-
-
-def _unsupported_reason(x: jax.Array, w: Any, activations: QuantFormat | None) -> str | None:
+def _unsupported_reason(columns: int, w: Any, activations: QuantFormat | None) -> str | None:
     if reason := operands_unsupported_reason(w, activations):
         return reason
     assert activations is not None
-    return one_scale_unsupported_reason(x.shape[-1], w, activations)
+    return one_scale_unsupported_reason(columns, w, activations)
 
 
 def grouped_matmul(x: jax.Array, w: Any, counts: jax.Array, activations: QuantFormat | None = None) -> jax.Array:

@@ -7,9 +7,6 @@ import contextvars
 import io
 from collections.abc import Iterator
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
-from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
-
 # Thread blocks of a simulated grid: enough for more than one to work, and for each to have more than one tile.
 INTERPRETED_SMS = 2
 _RACE = "RACE DETECTED"
@@ -26,6 +23,9 @@ def interpreted() -> Iterator[None]:
 
     Results must be ready when the block ends. Raises RaceError naming the accesses.
     """
+    import jax.experimental.pallas.mosaic_gpu as plgpu  # slow to import, and not on every platform
+    from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
+
     token = _interpreted.set(True)
     printed = io.StringIO()
     params = plgpu.InterpretGPUParams(detect_races=True)

@@ -1,6 +1,8 @@
-"""The shape of a launch."""
+"""What jax versions and devices differ in: the shape of a launch, and stores."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 
@@ -14,3 +16,13 @@ def sm_count() -> int:
     if is_interpreted():
         return INTERPRETED_SMS
     return int(getattr(jax.local_devices()[0], "core_count", H100_SMS))
+
+
+def store_narrow(ref: Any, index: Any, value: jax.Array) -> None:
+    """ref[index] = value, less than 4 bytes a thread: from jax 0.12 on that has to be asked for."""
+    import jax.experimental.pallas.mosaic_gpu as plgpu  # slow to import: tables of tilings need this file too
+
+    if store := getattr(plgpu, "store", None):
+        store(ref.at[index], value, optimized=False)
+    else:
+        ref[index] = value

@@ -19,6 +19,8 @@ from pallas_kernels.quant import QuantTensor, TreatedWeight
 SMALL = replace(load_config("tiny").model, "layers", "csa:4,hca:8")
 FLASH = load_config("flash").model
 README = Path(__file__).parents[2] / "README.md"
+# What a kernel's layer calls where the layer is a kernel's, which it is nowhere on a CPU.
+WITHIN_KERNELS = {"quantize_rows"}
 
 
 def test_doctor_lists_versions_devices_and_ops(dsv4, tmp_path):
@@ -27,13 +29,16 @@ def test_doctor_lists_versions_devices_and_ops(dsv4, tmp_path):
     assert result.code == 0 and result.err == ""
     facts = json.loads(path.read_text())
     assert facts["versions"]["jax"] == jax.__version__ and facts["devices"][0]["platform"] == "cpu"
-    assert {"block_matmul", "expert_gate_up", "expert_down", "router", "index_scores", "top_k"} <= facts["ops"].keys()
+    assert {"block_matmul", "experts", "router", "index_scores", "top_k"} <= facts["ops"].keys()
     for name, op in facts["ops"].items():
-        assert name in result.out and op["prefill"] + op["decode"], f"{name} is used by no phase"
-    experts = next(row for row in facts["table"] if row["op"] == "expert_down")
+        assert name in result.out and bool(op["prefill"] + op["decode"]) != (name in WITHIN_KERNELS), name
+    experts = next(row for row in facts["table"] if row["op"] == "experts")
     assert facts["recipe"] == "int8" and experts["operands"] == "int8_row x int8_row"
-    assert experts["cells"]["A100"] == {"runs": ["scaled_dot"], "refused": []}
-    assert "[1] the device has no INT8 matrix units that XLA uses" in result.out
+    assert experts["cells"]["A100"] == {
+        "runs": ["scaled_dot"],
+        "refused": ["sm90: A100 is no Hopper GPU (compute capability 9.0)"],
+    }
+    assert "the device has no INT8 matrix units that XLA uses" in result.out
 
 
 def test_bad_arguments(fails):
@@ -80,39 +85,44 @@ def table(recipe):
     """(op, device) -> cell, of flash's quantised operands (plain ones in bf16)."""
     rows = [row for row in recipe_table(FLASH, find_recipe(recipe)) if row.choice]
     rows = [row for row in rows if row.operands != "plain"] or rows
-    assert len({row.op for row in rows}) == len(rows) == 3
+    assert len({row.op for row in rows}) == len(rows) == 2
     return {(row.op, device): cell for row in rows for device, cell in row.cells.items()}
 
 
 ALL, FP8 = set(KINDS), {"L4 / RTX 4090", "H100 / H200", "B200"}
+HOPPER = {"H100 / H200"}
 EXPECTED = {
-    # recipe -> (dense implementation, where), (experts' implementation, where); the reference elsewhere
-    "bf16": (("", set()), ("", set())),
-    "released": (("block_dot", FP8), ("", set())),
-    "fp8_per_channel": (("scaled_dot", FP8), ("scaled_dot", FP8)),
-    "int8": (("scaled_dot", ALL - {"CPU"}), ("scaled_dot", ALL - {"CPU"})),
+    # recipe -> {implementation of dense products: where}, {of experts: where}; the reference elsewhere
+    "bf16": ({}, {}),
+    "released": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {}),
+    "fp8": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {"sm90": HOPPER}),
+    "fp8_per_channel": ({"sm90": HOPPER, "scaled_dot": FP8 - HOPPER}, {"scaled_dot": FP8}),
+    "int8": ({"scaled_dot": ALL - {"CPU"}}, {"scaled_dot": ALL - {"CPU"}}),
 }
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
 def test_every_kind_of_device(recipe):
     dense, experts = EXPECTED[recipe]
-    for op, (fast, where) in {"block_matmul": dense, "expert_gate_up": experts, "expert_down": experts}.items():
+    for op, fast in {"block_matmul": dense, "experts": experts}.items():
         for device in KINDS:
             cell = table(recipe)[op, device]
-            assert cell.runs == ((fast,) if device in where else ("reference",)), (op, device)
-            assert cell.refused or cell.runs == ("scaled_dot",), f"{op} on {device}: no reason"
+            expected = [name for name, where in fast.items() if device in where] or ["reference"]
+            assert list(cell.runs) == expected, (op, device)
+            assert cell.refused or cell.runs == ("sm90",), f"{op} on {device}: no reason"
 
 
 def test_reasons_name_the_device_or_what_is_missing():
     assert table("released")["block_matmul", "A100"].refused == (
+        "sm90: A100 is no Hopper GPU (compute capability 9.0)",
         "scaled_dot: A100 has no FP8 matrix units",
         "block_dot: A100 has no FP8 matrix units",
     )
-    for op in ("block_matmul", "expert_down"):
+    for op in ("block_matmul", "experts"):
         assert "scaled_dot: T4 has no FP8 matrix units" in table("fp8_per_channel")[op, "T4"].refused
         assert "scaled_dot: CPU has no INT8 matrix units that XLA uses" in table("int8")[op, "CPU"].refused
-    assert table("released")["expert_down", "B200"].refused == (
+    assert table("released")["experts", "H100 / H200"].refused == (
+        "sm90: weights are e2m1:1x32:ue8m0: it takes e4m3 in 128 x 128 blocks",
         "scaled_dot: XLA's dot takes no e2m1 codes packed two a byte",
     )
 

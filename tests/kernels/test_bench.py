@@ -1,16 +1,26 @@
 """The benchmark command without a GPU, and its judgement of results."""
 
+import dataclasses
+import json
 import subprocess
 import sys
+import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.bench import block_matmul
-from pallas_kernels.bench.case import disagreement
-from pallas_kernels.bench.timing import input_sets
+from pallas_kernels.bench import __main__ as command
+from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, measure, results
+from pallas_kernels.bench.case import Bench, Choice, disagreement
+from pallas_kernels.bench.operands import weights_of
+from pallas_kernels.bench.timing import input_sets, timed_calls
 from pallas_kernels.block_matmul.cases import MatmulCase
+from pallas_kernels.block_matmul.tiling import FewRows
+from pallas_kernels.block_matmul.tilings import Problem
+from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
+from pallas_kernels.mosaic import interpreted
 
 
 def bench(*arguments):
@@ -44,19 +54,191 @@ def test_wrong_results_are_seen():
     assert disagreement(one, want) == "NaN in 1 places, 0 expected"
     want[3, 5] = np.nan
     assert disagreement(one, want) is None
+    one[4, 4] = np.inf
+    assert "relative error" in disagreement(one, want)
 
 
 def test_inputs_overflow_the_cache():
     assert input_sets(16_000_000) == 16 and input_sets(10**9) == 2 and input_sets(1) == 64
+    assert input_sets(6 * 10**9) == 1
+    assert timed_calls(1) == 60 and timed_calls(64) == 64
 
 
 @pytest.mark.parametrize("m", [1, 128])
 def test_a_case_computes_what_it_says(m):
     """XLA's side against the reference, and rows that pad the problem are no part of it."""
     case = block_matmul.bench(MatmulCase("small", m, 128, 256))
-    sets = jax.jit(case.inputs)(jax.random.key(0))
+    sets = case.sets(1)[0]
     want = case.reference(sets)
     assert want.shape == (m, 128) and case.flops == 2 * m * 128 * 256
-    got = case.xla["dequantised bf16"](sets)[:m]
-    assert disagreement(got, want) is None
-    assert case.ours and case.limit > 0
+    assert case.wrong(case.xla["dequantised bf16"](sets), want) is None
+    assert case.usual in case.ours and case.ours.keys() == case.choices.keys() and case.limit > 0
+
+
+def test_every_rows_of_a_block_is_the_same_product():
+    """Rows of few experts are checked, whatever they are padded to."""
+    case = grouped_matmul.bench(GroupedCase("small", 11, 128, 256, (16, 8), weights=2, experts=6, hit=4))
+    sets = case.sets(1)[0]
+    want = case.reference(sets)
+    assert want.shape == (3 * 11, 128) and case.flops == 2 * 44 * 128 * 256 * 2
+    assert case.nbytes == 4 * (2 * 128 * 256 + 11 * (256 + 2 * 128))
+    names = [next(name for name in case.ours if name.startswith(f"rows={rows} ")) for rows in (16, 8)]
+    assert case.usual in case.ours
+    with interpreted():
+        got = [jax.block_until_ready(case.ours[name](sets)) for name in names]
+    assert [result.shape for result in got] == [(4 * 16, 128), (4 * 16, 128)]
+    assert [case.wrong(result, want) for result in got] == [None, None]
+    assert "NaN" in case.wrong(got[0].at[0].set(jnp.nan), want)
+
+
+def test_xla_multiplies_experts_in_a_batch():
+    case = grouped_matmul.bench(GroupedCase("small", 3, 128, 256, (8,), experts=4, hit=4, peer="masked"))
+    sets = case.sets(1)[0]
+    got = case.xla["dequantised bf16"](sets)[0].reshape(-1, 128)
+    assert case.wrong(got, case.reference(sets)) is None
+    assert case.peer == ("masked", 4, 3, 128, 256)
+
+
+def test_a_layer_computes_what_it_says():
+    case = expert_layer.bench(LayerCase("small", 5, 256, 128, 6, 2))
+    (x, routing), weights = sets = case.sets(1)[0]
+    assert x.shape == (5, 256) and routing.counts.sum() == 10 and len(weights) == 3
+    assert all(len(set(row)) == 2 for row in routing.experts.tolist())
+    want = case.reference(sets)
+    assert want.shape == (2, 256)
+    assert case.wrong(case.xla["reference"](sets), want) is None
+    assert "relative error" in case.wrong(1.1 * case.xla["reference"](sets), want)
+    assert case.nbytes == round(6 * (1 - (4 / 6) ** 5) * 3 * 256 * 128) + 4 * 5 * 256
+
+
+def test_weights_of_random_bytes_look_like_quantised_ones():
+    first, second = weights_of((3, 256, 512), 2, jax.random.key(0))
+    for w in first, second:
+        w.require_valid()
+        dense = np.asarray(w.values, np.float32)
+        assert np.isfinite(dense).all() and abs(dense.mean()) < 2 and 55 < dense.std() < 75
+    assert (np.asarray(first.values) != np.asarray(second.values)).any()
+
+
+# Runs of the command on a case that takes no time.
+
+
+def fake_case(name="one", **changes):
+    """y = 2 x; four tilings, of which one is wrong and one does not run."""
+
+    def fails(x):
+        raise RuntimeError("no such tiling")
+
+    ours = {"a": lambda x: x + x, "b": lambda x: 2 * x, "wrong": lambda x: 3 * x, "fails": fails}
+    choices = {
+        of: Choice("few_rows", Problem(8, 64, 128), FewRows(stages=stages)) for stages, of in enumerate(ours, start=2)
+    }
+    return Bench(
+        "block_matmul", name, lambda key: jax.random.normal(key, (8, 64)), ours, {"xla": lambda x: x}, lambda x: 2 * x,
+        nbytes=10**6, flops=10**6, choices=choices, chosen="b", shape={"m": 8},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Times are 1, 2, 3 .. microseconds in the order of the calls; returns them."""
+    times = []
+
+    def microseconds(call, sets, wait=None):
+        times.append(float(len(times) + 1))
+        return times[-1]
+
+    monkeypatch.setattr(measure, "microseconds", microseconds)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(command, "benches", lambda op: [fake_case("one"), fake_case("two")])
+    return times
+
+
+def test_a_row_says_all(timed, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    assert command.main(["block_matmul", "--json", str(path)]) == 0
+    first, second = results.read(path)
+    assert (first["case"], second["case"]) == ("one", "two") and first["which"] == "b" and not first["tuning"]
+    assert first["device"] == jax.devices()[0].device_kind and first["jax"] == jax.__version__ and "commit" in first
+    assert first["problem"] == "m=8 n=64 k=128" and first["tiling"] == dataclasses.asdict(FewRows(stages=3))
+    assert first["xla_us"] == 1.0 and first["us"] == 2.0 and first["calls"] == 64 and first["peer_us"] is None
+    assert first["gbps"] == 500.0 and first["tflops"] == 0.5 and first["ratio"] is None
+    assert first["share"] == pytest.approx(first["limit_us"] / 2) and first["bound"] == "bytes"
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_tuning_tries_everything_and_resumes(timed, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    arguments = ["block_matmul", "--tune", "--json", str(path)]
+    assert command.main(arguments) == 0
+    whole = results.read(path)
+    assert [row["which"] for row in whole] == ["a", "b", "wrong", "fails"] * 2 and len(timed) == 4
+    assert whole[2]["reason"].startswith("wrong: relative error") and "no such tiling" in whole[3]["reason"]
+    assert whole[2]["us"] is None and whole[2]["share"] is None and not any(row["xla"] for row in whole)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # stopped while it wrote
+    assert command.main(arguments) == 0
+    assert [row["which"] for row in results.read(path)] == ["a", "b", "wrong", "fails"] * 2 and len(timed) == 5
+    before = path.read_text()
+    assert command.main(arguments) == 0 and path.read_text() == before
+    # The figures are another run, with XLA and the peer beside.
+    assert command.main(["block_matmul", "--json", str(path)]) == 0
+    assert [row["tuning"] for row in results.read(path)] == [True] * 8 + [False] * 2
+
+
+def test_who_was_not_beside_is_still_timed(timed, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    command.main(["block_matmul", "--ours", "--json", str(path)])
+    assert not any(row["xla"] for row in results.read(path))
+    for _ in range(2):
+        command.main(["block_matmul", "--json", str(path)])
+    command.main(["block_matmul", "--ours", "--json", str(path)])
+    assert [row["beside"] for row in results.read(path)] == [[], [], ["xla"], ["xla"]]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(timed, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    command.main(["block_matmul", "--json", str(path)])
+    text = path.read_text()
+    path.write_text(text.rstrip())
+    command.main(["block_matmul", "--json", str(path)])
+    assert path.read_text() == text
+
+
+def test_a_kernel_that_never_ends_is_passed_over(timed, tmp_path, monkeypatch):
+    path, ended = tmp_path / "rows.jsonl", threading.Event()
+
+    class Ended(Exception):
+        pass
+
+    def wait(call, sets, wait=None):
+        assert ended.wait(60)
+        raise Ended
+
+    monkeypatch.setattr(measure, "PATIENCE", 0.01)
+    monkeypatch.setattr(measure, "microseconds", wait)
+    monkeypatch.setattr(command.os, "_exit", lambda code: ended.set())
+    command.main(["block_matmul", "--ours", "--json", str(path)])
+    assert results.read(path)[0]["reason"] == "stuck for 0.01 s" and results.read(path)[0]["which"] == "b"
+
+
+def test_a_lost_device_ends_the_run(timed, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(measure, "_alive", lambda: False)
+    arguments = ["block_matmul", "--tune", "--json", str(path)]
+    assert command.main(arguments) == 1
+    assert [row["which"] for row in results.read(path)] == ["a", "b", "wrong"]
+    assert "the device is lost" in capsys.readouterr().out
+    assert command.main(arguments) == 1  # the next one fails as well
+    assert [row["which"] for row in results.read(path)] == ["a", "b", "wrong", "fails"]
+
+
+@pytest.mark.parametrize("bad", ["{not json", "[1, 2]", "{}"])
+def test_a_malformed_line_is_named(tmp_path, capsys, bad):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{bad}\n" + json.dumps({"op": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: "):
+        results.read(path)
+    with pytest.raises(SystemExit):
+        command.main(["--markdown", str(path)])
+    assert "rows.jsonl, line 1: " in capsys.readouterr().err

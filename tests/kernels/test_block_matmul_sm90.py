@@ -1,5 +1,6 @@
 """The Hopper matmul kernels in the interpreter, race detection on, and lowered for a GPU that need not be there."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.block_matmul import decode_sm90, kernel_sm90
+from pallas_kernels.block_matmul import decode_sm90, kernel_sm90, matmul
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, dequantize, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor, TreatedWeight, dequantize, quantize
 
 MANY = [
     (ManyRows(128, 256, 3, "columns"), (256, 512, 640)),
@@ -25,13 +27,13 @@ FEW = [
 ]
 
 
-def operands(m, n, k, seed=0):
+def operands(m, n, k, seed=0, formats=(FP8_GROUP, FP8_BLOCK)):
     """Quantised x [m, k] and w [n, k], with scales from 2^-20 to 2^12 between blocks."""
     rng = np.random.default_rng(seed)
     spread = np.exp2(rng.integers(-14, 6, (m, k // 128))).repeat(128, 1)
-    x = quantize(jnp.asarray(rng.normal(size=(m, k)) * spread, jnp.float32), FP8_GROUP)
+    x = quantize(jnp.asarray(rng.normal(size=(m, k)) * spread, jnp.float32), formats[0])
     spread = np.exp2(rng.integers(-6, 6, (-(-n // 128), k // 128))).repeat(128, 0).repeat(128, 1)[:n]
-    w = quantize(jnp.asarray(rng.normal(size=(n, k)) * spread, jnp.float32), FP8_BLOCK)
+    w = quantize(jnp.asarray(rng.normal(size=(n, k)) * spread, jnp.float32), formats[1])
     return x, w
 
 
@@ -91,14 +93,148 @@ def test_a_row_does_not_depend_on_the_others():
     np.testing.assert_array_equal(a[:8], c[:8])
 
 
-@pytest.mark.parametrize("tiling", [ManyRows(), ManyRows(128, 128, 6, "rows"), FewRows(), FewRows(4, 3, 2)])
-def test_lowers_for_a_gpu(tiling):
+def rows_of(x, w, kernel, tiling, out_dtype=jnp.bfloat16):
+    """The kernel's product with scales of whole rows."""
+    scales = (jnp.broadcast_to(side.scale[:, 0].astype(jnp.float32), (side.shape[0],)) for side in (x, w))
+    with interpreted():
+        y = kernel.matmul(x.values, next(scales), w.values, next(scales), tiling, out_dtype)
+        return y.block_until_ready()
+
+
+ROW, TENSOR = FORMATS["fp8_row"], FORMATS["fp8_tensor"]
+E5M2_ROW = dataclasses.replace(ROW, element="e5m2")
+COLUMNS = kernel_sm90, ManyRows(128, 256, 2, "columns"), (128, 256, 256)
+ROWS = kernel_sm90, ManyRows(128, 128, 3, "rows", blocks=2, in_flight=2, in_turn=True), (256, 128, 256)
+FEW_ROWS = decode_sm90, FewRows(blocks=2, stages=2, warpgroups=2), (16, 256, 512)
+ONCE = [  # kernel, tiling, shape, format of x and of w, results
+    (*COLUMNS, ROW, ROW, jnp.bfloat16),
+    (*ROWS, ROW, TENSOR, jnp.float32),
+    (*COLUMNS, E5M2_ROW, E5M2_ROW, jnp.float32),
+    (*FEW_ROWS, TENSOR, ROW, jnp.bfloat16),
+    (*FEW_ROWS, E5M2_ROW, ROW, jnp.float32),
+]
+
+
+@pytest.mark.parametrize(("kernel", "tiling", "shape", "x_format", "w_format", "out_dtype"), ONCE)
+def test_scales_that_do_not_vary_along_k(kernel, tiling, shape, x_format, w_format, out_dtype):
+    """One a row or in all; rows differ in size by powers, so that a scale of the wrong row shows."""
+    m, n, k = shape
+    rng = np.random.default_rng(1)
+    sides = ((m, x_format), (n, w_format))
+    x, w = (
+        quantize(jnp.asarray(rng.normal(size=(size, k)) * np.exp(rng.normal(size=(size, 1))), jnp.float32), form)
+        for size, form in sides
+    )
+    check(rows_of(x, w, kernel, tiling, out_dtype), expected(x, w), out_dtype)
+
+
+def test_nan_stays_in_its_row():
+    """A poisoned code or scale of a token; of rows whose scales multiply finished sums."""
+    rng = np.random.default_rng(2)
+    x, w = (quantize(jnp.asarray(rng.normal(size=(size, 256)), jnp.float32), ROW) for size in (128, 128))
+    poisoned = dataclasses.replace(x, values=x.values.at[3].set(jnp.nan), scale=x.scale.at[5].set(jnp.nan))
+    for kernel, tiling, rows in ((kernel_sm90, ManyRows(128, 128, 2, "rows"), 128), (decode_sm90, FewRows(2, 2), 8)):
+        a, b = (
+            np.asarray(
+                rows_of(
+                    dataclasses.replace(side, values=side.values[:rows], scale=side.scale[:rows]), w, kernel, tiling
+                ),
+                np.float32,
+            )
+            for side in (x, poisoned)
+        )
+        assert np.isnan(b[[3, 5]]).all()
+        np.testing.assert_array_equal(np.delete(a, (3, 5), 0), np.delete(b, (3, 5), 0))
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [(FP8_GROUP, FORMATS["e5m2"]), (FORMATS["e5m2_group"], FP8_BLOCK)],
+    ids=["weights", "activations"],
+)
+def test_e5m2_in_blocks(formats):
+    x, w = operands(128, 256, 256, formats=formats)
+    sides = [(side.values, scale_bytes(side.scale)) for side in (x, w)]
+    (codes, scale), weight = sides
+    with interpreted():
+        many = kernel_sm90.matmul(codes, scale, *weight, ManyRows(128, 256, 2))
+        few = decode_sm90.matmul(codes[:8], scale[:8].T, *weight, FewRows(2, 2))
+        jax.block_until_ready((many, few))
+    check(many, expected(x, w))
+    check(few, expected(x, w)[:8])
+
+
+OP = {
+    # activations, weights, static scale
+    "fp8_per_channel": (ROW, ROW, None),
+    "fp8_per_tensor, static": (ROW, TENSOR, 0.01),
+    "fp8_e5m2": (FORMATS["e5m2_group"], FORMATS["e5m2"], None),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"), list(zip(OP, (jnp.float32, jnp.bfloat16, jnp.bfloat16), strict=True)), ids=list(OP)
+)
+def test_the_op_takes_formats_of_recipes(recipe, dtype):
+    """Against the reference in float32, to which results of the kernel are compared: padded rows, a poisoned one."""
+    activations, form, static = OP[recipe]
+    rng = np.random.default_rng(3)
+    w = quantize(jnp.asarray(rng.normal(size=(192, 256)), jnp.float32), form)
+    if static is not None:
+        w = TreatedWeight(w, jnp.full((1, 1), static, jnp.float32))
+    x = jnp.asarray(rng.normal(size=(5, 256)), dtype).at[2, 7].set(jnp.nan)
+    with interpreted():
+        got = matmul(x, w, activations=activations, implementation="sm90").block_until_ready()
+    want = matmul(x.astype(jnp.float32), w, activations=activations, implementation="reference")
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert np.isnan(want[2]).all() and not np.isnan(np.delete(want, 2, 0)).any()
+    check(np.delete(got, 2, 0), np.delete(want, 2, 0), dtype)
+
+
+def test_the_gradient_is_straight_through():
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 128)), jnp.float32)
+    w = quantize(jnp.asarray(np.random.default_rng(5).normal(size=(64, 128)), jnp.float32), ROW)
+
+    def loss(x, implementation):
+        return matmul(x, w, activations=ROW, implementation=implementation).sum()
+
+    with interpreted():
+        got = jax.grad(loss)(x, "sm90").block_until_ready()
+    np.testing.assert_allclose(got, jnp.broadcast_to(dequantize(w).sum(0), x.shape), rtol=1e-5, atol=1e-5)
+
+
+F8, E5 = jnp.float8_e4m3fn, jnp.float8_e5m2
+TILINGS = [ManyRows(), ManyRows(128, 128, 6, "rows"), FewRows(), FewRows(4, 3, 2)]
+
+
+LOWERED = [(tiling, (F8, F8), False) for tiling in TILINGS]
+LOWERED += [(tiling, *how) for tiling in (TILINGS[0], TILINGS[2]) for how in (((F8, E5), False), ((E5, E5), True))]
+
+
+@pytest.mark.parametrize(("tiling", "dtypes", "once"), LOWERED)
+def test_lowers_for_a_gpu(tiling, dtypes, once):
     """What the interpreter does not know: layouts, transfers, and that it all fits into shared memory."""
     many = isinstance(tiling, ManyRows)
     m, n, k = 4096 if many else 8, 4096, 4096
-    f8 = jnp.float8_e4m3fn
-    x, w = jax.ShapeDtypeStruct((m, k), f8), jax.ShapeDtypeStruct((n, k), f8)
+    x, w = (jax.ShapeDtypeStruct((rows, k), dtype) for rows, dtype in zip((m, n), dtypes, strict=True))
     x_scale = jax.ShapeDtypeStruct((m, k // 128) if many else (k // 128, m), jnp.uint8)
     w_scale = jax.ShapeDtypeStruct((n // 128, k // 128), jnp.uint8)
+    if once:
+        x_scale, w_scale = (jax.ShapeDtypeStruct((rows,), jnp.float32) for rows in (m, n))
     run = functools.partial((kernel_sm90 if many else decode_sm90).matmul, tiling=tiling)
     jax.jit(run).trace(x, x_scale, w, w_scale).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("recipe", OP)
+@pytest.mark.parametrize(("rows", "dtype"), [(1, jnp.bfloat16), (1, jnp.float32), (4096, jnp.bfloat16)])
+def test_the_op_lowers_for_a_gpu(recipe, dtype, rows):
+    """V4-Flash's widest and deepest layers, with the tilings they are given."""
+    activations, form, _ = OP[recipe]
+    for n, k in ((32768, 1024), (4096, 8192)):
+        values = jax.ShapeDtypeStruct((n, k), form.values_dtype)
+        w = QuantTensor(values, jax.ShapeDtypeStruct(form.scale_shape((n, k)), form.scale_dtype), form)
+        run = jax.jit(functools.partial(matmul, activations=activations, implementation="sm90"))
+        with pretend(KINDS["H100 / H200"]):
+            traced = run.trace(jax.ShapeDtypeStruct((rows, k), dtype), w)
+        traced.lower(lowering_platforms=("cuda",))

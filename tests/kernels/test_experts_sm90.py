@@ -53,7 +53,7 @@ def test_rows_are_laid_out_in_blocks_of_one_expert(rows):
     ("rows", "tilings", "chosen"),
     [
         (8, (FewRows(2, 2, 2), FewRows(1, 2, 2)), [[1, 4]]),
-        (8, (FewRows(1, 3, 1), FewRows(1, 3, 4)), [[0, 2], [2, 3], [2, 0], [3, 2]]),
+        (8, (FewRows(1, 3, 1), FewRows(1, 3, 4, 104)), [[0, 2], [2, 3], [2, 0], [3, 2]]),
         (16, (FewRows(2, 2, 1), FewRows(1, 2, 2)), [[3, 1]] * 17),
         (128, (ManyRows(128, 128, 2, "rows"),) * 2, [[0, 1], [4, 1], [1, 3]] * 50),
     ],

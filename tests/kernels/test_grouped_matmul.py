@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from pallas_kernels.device import KINDS, pretend
-from pallas_kernels.grouped_matmul import api, expert_down, expert_gate_up, scaled_dot
-from pallas_kernels.grouped_matmul.reference import grouped_matmul
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight
+from pallas_kernels.grouped_matmul import api, experts, scaled_dot
+from pallas_kernels.grouped_matmul.reference import expert_gate_up, grouped_matmul
+from pallas_kernels.quant import (
+    FORMATS,
+    FP8_BLOCK,
+    FP8_GROUP,
+    MXFP4,
+    ObservedWeight,
+    QuantTensor,
+    TreatedWeight,
+    observe,
+)
 from pallas_kernels.quant import dequantize as eager_dequantize
 from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.router import Routing
@@ -21,8 +30,7 @@ multiply = jax.jit(grouped_matmul, static_argnums=3)
 multiply_codes = jax.jit(scaled_dot.grouped_matmul, static_argnums=3)
 dequantize = jax.jit(eager_dequantize)
 quantize = jax.jit(eager_quantize, static_argnums=1)
-gate_up = functools.partial(jax.jit, static_argnames="limit")(expert_gate_up)
-down = jax.jit(expert_down)
+layer = jax.jit(experts, static_argnames=("limit", "activations", "implementation"))
 
 
 def normal(seed, *shape):
@@ -98,7 +106,7 @@ def test_an_expert_layer(tokens, limit):
         if limit:
             gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
         want[token] += w2[e] @ (weight * gate / (1 + np.exp(-gate)) * up)
-    got = down(gate_up(x, w1, w3, routing, limit=limit), w2, routing)
+    got = layer(x, w1, w3, w2, routing, limit=limit)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
@@ -141,35 +149,61 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("form", "activations", "device", "reason"), REFUSALS)
 def test_refusals_say_what_is_missing(form, activations, device, reason):
-    """Of either half, and of gate and up each: the two may be stored differently."""
+    """Of each of the three products: their weights may be stored differently."""
+    routing = routing_of(2, 2)
     x, plain = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, IN), (EXPERTS, 64, IN)))
     w = plain
     if form is not None:
         scale = jax.ShapeDtypeStruct(form.scale_shape(plain.shape), form.scale_dtype)
         w = QuantTensor(jax.ShapeDtypeStruct(form.values_shape(plain.shape), form.values_dtype), scale, form)
-    routing = routing_of(2, 2)
+    refused = functools.partial(scaled_dot.unsupported_reason, x, limit=0.0, activations=activations)
     with pretend(KINDS[device]):
-        assert scaled_dot.down_unsupported_reason(x, w, routing, activations=activations) == reason
-        refused = scaled_dot.gate_up_unsupported_reason(x, w, plain, routing, limit=0.0, activations=activations)
-        assert refused == (reason or "the weight is not quantised")
+        assert refused(w, w, w, routing) == reason
+        assert refused(plain, w, w, routing) == "the weight is not quantised"
+        for weights in ((w, plain, w), (w, w, plain)):
+            assert refused(*weights, routing) == (reason or "the weight is not quantised")
 
 
 def test_an_expert_layer_on_a_device_with_the_units():
-    """Both ops take the products of codes, with the reference's numbers."""
-    x, routing, how = normal(0, 12, IN), routing_of(12, 3), {"activations": FORMATS["fp8_row"]}
-    w1, w3, w2 = (
+    """It takes the products of codes, with the reference's numbers."""
+    x, routing, how = normal(0, 12, IN), routing_of(12, 3), {"activations": FORMATS["fp8_row"], "limit": 1.0}
+    weights = [
         quantize(normal(seed, EXPERTS, *shape), FORMATS["fp8_row"])
         for seed, shape in enumerate(((8, IN), (8, IN), (IN, 8)))
-    )
-
-    def layer(x, implementation):
-        hidden = expert_gate_up(x, w1, w3, routing, limit=1.0, **how, implementation=implementation)
-        return expert_down(hidden, w2, routing, **how, implementation=implementation)
-
-    want = jax.jit(functools.partial(layer, implementation="reference"))(x)
+    ]
+    want = layer(x, *weights, routing, **how, implementation="reference")
     with pretend(KINDS["H100 / H200"]):
-        for op, args in ((api.GATE_UP, (x, w1, w3, routing)), (api.DOWN, (x, w1, routing))):
-            limit = {"limit": 1.0} if op is api.GATE_UP else {}
-            assert op.choose(args, how | limit)[0].name == "scaled_dot"
-        got = jax.jit(functools.partial(layer, implementation="scaled_dot"))(x)
+        candidate, refusals = api.EXPERTS.choose((x, *weights, routing), how)
+        got = layer(x, *weights, routing, **how, implementation="scaled_dot")
+    assert candidate.name == "scaled_dot" and refusals == (
+        "sm90: weights are e4m3:row:float32: it takes e4m3 in 128 x 128 blocks",
+    )
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("form", [None, FORMATS["fp8_row"]], ids=["plain", "quantised"])
+def test_inputs_of_all_three_weights_are_shown(form):
+    """The hidden rows too, which exist only within the layer: no implementation that hides them takes it."""
+    x, routing = jnp.asarray(normal(0, 12, IN)), routing_of(12, 3)
+    weights = [jnp.asarray(normal(seed, EXPERTS, *shape)) for seed, shape in enumerate(((8, IN), (8, IN), (IN, 8)))]
+    if form is not None:
+        weights = [quantize(w, form) for w in weights]
+    watched = [ObservedWeight(w, name) for w, name in zip(weights, ("w1", "w3", "w2"), strict=True)]
+    how = {"limit": 1.0, "activations": form}
+
+    @jax.jit
+    def run(x):
+        with observe() as seen:
+            return experts(x, *watched, routing, **how), dict(seen)
+
+    with pretend(KINDS["H100 / H200"]):
+        if form is not None:
+            _, refusals = api.EXPERTS.choose((x, *weights[:2], watched[2], routing), how)
+            assert refusals == ("sm90: the input of w2 is observed", "scaled_dot: the input of w2 is observed")
+        got, seen = run(x)
+    np.testing.assert_allclose(got, layer(x, *weights, routing, **how, implementation="reference"), rtol=1e-5)
+    assert seen.keys() == {"w1", "w3", "w2"} and seen["w2"].shape == (36, 8)
+    np.testing.assert_array_equal(seen["w1"], x)
+    np.testing.assert_allclose(
+        seen["w2"], jax.jit(expert_gate_up, static_argnames=("limit", "activations"))(x, *weights[:2], routing, **how)
+    )

@@ -1,5 +1,8 @@
 """The interpreter does what the kernel tests rely on."""
 
+import subprocess
+import sys
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -67,3 +70,12 @@ def test_scales_multiply_by_adding_exponents():
     np.testing.assert_array_equal(scale_product(vector, jnp.float32(2)), [1.0, 6.0])
     assert scale_bytes(vector).dtype == jnp.float32
     assert scale_bytes(jnp.ones(3, jnp.float8_e8m0fnu)).tolist() == [127] * 3
+
+
+def test_ops_do_not_wait_for_pallas():
+    """It is slow to import, and not on every platform: who runs no kernel does without."""
+    code = (
+        "import sys; from dsv4.cli.implementations import import_every_op; import_every_op();"
+        "sys.exit('jax.experimental.pallas.mosaic_gpu' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

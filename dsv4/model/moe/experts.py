@@ -10,7 +10,7 @@ from flax import nnx
 from dsv4.model.layers import Linear, declare, read
 from dsv4.parameters import SpecTree
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.grouped_matmul import expert_down, expert_gate_up
+from pallas_kernels.grouped_matmul import experts
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import swiglu
 
@@ -46,7 +46,6 @@ class RoutedExperts(nnx.Module):
         self, x: jax.Array, routing: Routing, activations: QuantFormat | None, implementation: str
     ) -> jax.Array:
         """Sum over its experts of weight * expert(token), for tokens x [N, D]."""
-        how: Any = {"activations": activations, "implementation": implementation}
         w1, w3, w2 = (read(stack.weight) for stack in (self.w1, self.w3, self.w2))
-        hidden = expert_gate_up(x, w1, w3, routing, limit=self.limit, **how)
-        return expert_down(hidden, w2, routing, **how)
+        how: Any = {"activations": activations, "implementation": implementation}
+        return experts(x, w1, w3, w2, routing, limit=self.limit, **how)

@@ -1,0 +1,119 @@
+"""Benchmark of a whole layer of experts behind its router: gather, gate and up, SwiGLU, quantise, down, combine."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.bench.case import Bench, Choice, disagreement
+from pallas_kernels.bench.operands import weights_of
+from pallas_kernels.grouped_matmul.cases import LayerCase
+from pallas_kernels.grouped_matmul.kernel_sm90 import experts
+from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
+from pallas_kernels.grouped_matmul.tilings import BLOCK_ROWS, LayerRows, LayerTiling, layer_problem, layer_tiling
+from pallas_kernels.quant import FP8_GROUP, dequantize, round_trip
+from pallas_kernels.router import Routing
+from pallas_kernels.swiglu import swiglu
+
+CHECKED = 2  # tokens whose results are checked
+XLA_BYTES = 20_000_000_000  # of the copy of the rows for every expert that XLA makes of a ragged dot: no more are tried
+
+
+def bench(case: LayerCase) -> Bench:
+    """nbytes: the expected number of experts that are hit, each once."""
+    m, each = case.tokens * case.top, 3 * case.d * case.i
+    sizes = case.tokens, case.top, case.experts, case.d, case.i
+    chosen = layer_tiling(*sizes)
+    most = max(min(BLOCK_ROWS), 4 * m / min(m, case.experts))
+    tilings = {rows: layer_tiling(*sizes, rows=rows) for rows in BLOCK_ROWS if rows <= most}
+    tried = {rows: tiling for rows, tiling in tilings.items() if tiling is not None}
+    hit = case.experts * (1 - (1 - case.top / case.experts) ** case.tokens)
+    return Bench(
+        op="grouped_matmul",
+        name=case.name,
+        inputs=functools.partial(inputs, case),
+        shared=functools.partial(weights, case),
+        ours={_name(tiling): functools.partial(run, case.limit, tiling) for tiling in tried.values()},
+        choices={
+            _name(tiling): Choice("layer", layer_problem(*sizes), LayerRows(rows)) for rows, tiling in tried.items()
+        },
+        chosen=_name(chosen) if chosen else None,
+        xla=xla(case),
+        reference=functools.partial(reference, case.limit),
+        # A last bit of bfloat16 in a hidden row may choose another FP8 code; it does so in few of them.
+        judge=functools.partial(disagreement, relative=1e-2, elementwise=3e-2),
+        nbytes=round(hit * each) + 2 * 2 * case.tokens * case.d,
+        flops=2 * m * each,
+        shape={"tokens": case.tokens, "top": case.top, "experts": case.experts, "d": case.d, "i": case.i},
+    )
+
+
+def _name(tiling: LayerTiling) -> str:
+    return f"rows={tiling.rows} {tiling.gate_up} {tiling.down}"
+
+
+def weights(case: LayerCase, key: jax.Array) -> tuple[Any, ...]:
+    """w1, w3 [E, I, D] and w2 [E, D, I]."""
+    of_up, of_down = jax.random.split(key)
+    up, down = (case.experts, case.i, case.d), (case.experts, case.d, case.i)
+    return *weights_of(up, 2, of_up), *weights_of(down, 1, of_down)
+
+
+def inputs(case: LayerCase, key: jax.Array) -> tuple[jax.Array, Routing]:
+    """x bfloat16 [N, D] and a routing to experts that are all as likely."""
+    of_x, of_experts, of_weights = jax.random.split(key, 3)
+    x = jax.random.normal(of_x, (case.tokens, case.d), jnp.bfloat16)
+    scores = jax.random.uniform(of_experts, (case.tokens, case.experts))
+    chosen = jax.lax.top_k(scores, case.top)[1]
+    factors = jax.random.uniform(of_weights, chosen.shape, minval=0.1)
+    flat = chosen.reshape(-1)
+    counts = jnp.zeros(case.experts, jnp.int32).at[flat].add(1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    return x, Routing(chosen, factors / jnp.sum(factors, 1, keepdims=True), scores, counts, order)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(limit: float, tiling: LayerTiling, sets: tuple[Any, Any]) -> jax.Array:
+    (x, routing), (w1, w3, w2) = sets
+    how = {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
+    return experts(x, w1, w3, w2, routing, limit=limit, **how)
+
+
+def xla(case: LayerCase) -> dict[str, Any]:
+    rows = case.tokens * case.top
+    if rows > case.experts and 2 * rows * case.experts * case.d > XLA_BYTES:
+        return {}
+    return {"reference": functools.partial(run_xla, case.limit)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_xla(limit: float, sets: tuple[Any, Any]) -> jax.Array:
+    (x, routing), (w1, w3, w2) = sets
+    hidden = expert_gate_up(x, w1, w3, routing, limit=limit, activations=FP8_GROUP)
+    return expert_down(hidden, w2, routing, activations=FP8_GROUP)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reference(limit: float, sets: tuple[Any, Any]) -> jax.Array:
+    """float32 [tokens that are checked, D], hidden rows rounded as between the two products."""
+    (x, routing), (w1, w3, w2) = sets
+    tokens = min(CHECKED, x.shape[0])
+    rows = round_trip(x[:tokens].astype(jnp.float32), FP8_GROUP)
+
+    def times(row: jax.Array, w: Any, expert: jax.Array) -> jax.Array:
+        dense = dequantize(jax.tree.map(lambda leaf: leaf[expert], w))
+        return jnp.matmul(row[None], dense.T, precision="highest")
+
+    def one(choice: tuple[jax.Array, ...]) -> jax.Array:
+        token, expert, factor = choice
+        hidden = swiglu(times(rows[token], w1, expert), times(rows[token], w3, expert), limit) * factor
+        hidden = round_trip(hidden.astype(x.dtype), FP8_GROUP).astype(jnp.float32)
+        return times(hidden[0], w2, expert)[0]
+
+    chosen, factors = routing.experts[:tokens], routing.weights[:tokens]
+    token = jnp.repeat(jnp.arange(tokens), chosen.shape[1])
+    out = jax.lax.map(one, (token, chosen.reshape(-1), factors.reshape(-1)))
+    return jnp.sum(out.reshape(*chosen.shape, -1), axis=1)

@@ -1,0 +1,46 @@
+"""Runs every kernel on small shapes and checks it: what to run under compute-sanitizer, which slows everything down.
+
+export XLA_PYTHON_CLIENT_PREALLOCATE=false  # else every access lies in one allocation
+compute-sanitizer --tool memcheck python -m pallas_kernels.bench.sanitize
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, mxfp4, quantize_rows
+from pallas_kernels.bench.case import Bench
+from pallas_kernels.block_matmul.cases import MatmulCase
+from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
+from pallas_kernels.quantize_rows.cases import RowsCase
+
+MOST = 3  # tilings of a case
+
+
+def cases() -> Iterator[Bench]:
+    yield from (block_matmul.bench(MatmulCase(f"m={m}", m, 512, 512)) for m in (3, 128, 512))
+    yield grouped_matmul.bench(GroupedCase("few rows", 3, 512, 512, (8,), experts=3, hit=2))
+    yield grouped_matmul.bench(GroupedCase("many rows", 130, 256, 512, (128,), 2, experts=3, hit=2))
+    yield expert_layer.bench(LayerCase("layer", 5, 512, 512, 4, 2))
+    yield mxfp4.bench(mxfp4.Mxfp4Case("mxfp4", 3, 256, 512, 8, 3))
+    yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))
+
+
+def main() -> int:
+    failed = 0
+    for case in cases():
+        sets = case.sets(1)[0]
+        want = case.reference(sets)
+        for name, run in itertools.islice(case.ours.items(), MOST):
+            wrong = case.wrong(jax.jit(run)(sets), want)
+            failed += wrong is not None
+            print(f"{case.op} {case.name} {name}: {wrong or 'right'}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

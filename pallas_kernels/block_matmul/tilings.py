@@ -1,0 +1,274 @@
+"""Which tiling a product gets: the nearest one that was measured, or a default that fits whatever divides.
+
+A table is a JSON file beside the op, `{kind: {problem: {**tiling, "us": measured}}}`. A problem is written as its sizes
+are: `m=3072 n=4096 k=4096 experts=256 rows=16`. `python -m pallas_kernels.bench --tune`, then `--table`, make it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.mosaic.launch import H100_SMS
+
+TABLE = Path(__file__).with_name("tiling_h100.json")
+KINDS: dict[str, type] = {"few_rows": FewRows, "many_rows": ManyRows}
+FEW = 32  # rows up to which the kernel for few of them is taken where nothing was measured
+BLOCK, WGMMA_ROWS, CONSUMERS = 128, 64, 2
+SHARED_BYTES = 232_448 - 1024  # of a thread block on Hopper, less what barriers and alignment may take
+ACCUMULATOR_REGISTERS = 96  # of a thread, for what is worth a try: the rest holds addresses and scales
+MOST_COLUMNS = 256  # of one wgmma
+
+
+class TableError(ValueError):
+    """A table of tilings that cannot be read; names the file and the key."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """m rows times `weights` matrices [n, k] that share them, for each of `experts`.
+
+    m counts the real rows of all experts. rows: of a block that belongs to one expert; 0 where rows are not in blocks,
+    or, asked of kernel_sm90, where its tile may decide.
+    """
+
+    m: int
+    n: int
+    k: int
+    weights: int = 1
+    experts: int = 1
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"rows": 0}
+        if bad := {name: size for name, size in vars(self).items() if size < least.get(name, 1)}:
+            raise ValueError(f"sizes {bad}: at least 1 each, rows 0")
+
+    def __str__(self) -> str:
+        plain = {"weights": 1, "experts": 1, "rows": 0}
+        return " ".join(f"{name}={size}" for name, size in vars(self).items() if size != plain.get(name))
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """The problem that `text` is the str of. Raises ValueError."""
+        sizes = dict(part.split("=") for part in text.split())
+        if unknown := sizes.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"unknown sizes {', '.join(sorted(unknown))}")
+        if missing := {"m", "n", "k"} - sizes.keys():
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        return cls(**{name: int(size) for name, size in sizes.items()})
+
+
+class Entry(NamedTuple):
+    """A measured tiling, with its microseconds."""
+
+    problem: Problem
+    tiling: Any
+    us: float
+
+
+Table = Mapping[str, tuple[Entry, ...]]
+
+
+def few_rows_tiling(m: int, n: int, k: int, weights: int = 1, *, table: Path = TABLE) -> FewRows | None:
+    """Of decode_sm90 for m rows, which are padded to a multiple of 8.
+
+    None where no tiling fits: n no multiple of 64, k none of 128, more than 256 rows or too many for shared memory.
+    """
+    problem = Problem(m, n, k, weights)
+    entry = choose(load(table).get("few_rows", ()), problem, lambda t: few_rows_reason(t, problem) is None)
+    return entry.tiling if entry else default_few_rows(problem)
+
+
+def many_rows_tiling(m: int, n: int, k: int, weights: int = 1, *, table: Path = TABLE) -> ManyRows | None:
+    """Of kernel_sm90 for m rows, which are padded to a multiple of its tile_m.
+
+    None where no tiling fits: n no multiple of 64, k none of 128.
+    """
+    problem = Problem(m, n, k, weights)
+    entry = choose(load(table).get("many_rows", ()), problem, lambda t: many_rows_reason(t, problem) is None)
+    return entry.tiling if entry else default_many_rows(problem)
+
+
+def dense_tiling(m: int, n: int, k: int, table: Path = TABLE) -> FewRows | ManyRows | None:
+    """Of whichever kernel the nearest measurement says is faster; None where neither fits."""
+    problem = Problem(m, n, k)
+    entries = [entry for kind in KINDS for entry in load(table).get(kind, ())]
+    entry = choose(entries, problem, lambda t: reason(t, problem) is None)
+    if entry:
+        return entry.tiling
+    few = default_few_rows(problem) if m <= FEW else None
+    return few or default_many_rows(problem)
+
+
+def choose(entries: Iterable[Entry], problem: Problem, fits: Callable[[Any], bool]) -> Entry | None:
+    """The entry for `problem`, else for the nearest one, among those whose tiling fits; the fastest of equals.
+
+    Near is first who has the same weights, then who differs by the smallest factors in all sizes together.
+    """
+    found = [entry for entry in entries if fits(entry.tiling)]
+    return min(
+        found, key=lambda entry: (*_distance(entry.problem, problem), entry.us, str(entry.problem)), default=None
+    )
+
+
+def _distance(measured: Problem, wanted: Problem) -> tuple[bool, float]:
+    def apart(name: str) -> float:
+        a, b = getattr(measured, name), getattr(wanted, name)
+        return abs(math.log2(a / b)) if a and b else 0.0
+
+    same = all(getattr(measured, name) == getattr(wanted, name) for name in ("n", "k", "weights"))
+    return not same, sum(apart(field.name) for field in dataclasses.fields(Problem))
+
+
+def reason(tiling: Any, problem: Problem) -> str | None:
+    """Why the kernel of `tiling` cannot run the problem with it; None if it can."""
+    if isinstance(tiling, FewRows):
+        return few_rows_reason(tiling, problem)
+    return many_rows_reason(tiling, problem)
+
+
+def few_rows_reason(tiling: FewRows, problem: Problem) -> str | None:
+    """Why decode_sm90 cannot cut the problem so; None if it can."""
+    rows, each, depth = _few_rows(problem), WGMMA_ROWS * tiling.warpgroups, BLOCK * tiling.blocks
+    stage = depth * (each * problem.weights + rows)
+    shared = tiling.stages * stage + each * rows * 2
+    if problem.n % each or problem.k % depth:
+        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {depth}]"
+    if rows % 8 or rows > MOST_COLUMNS:
+        return f"{rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
+    if shared > SHARED_BYTES:
+        return f"{shared} bytes of shared memory, there are {SHARED_BYTES}"
+    return None
+
+
+def many_rows_reason(tiling: ManyRows, problem: Problem) -> str | None:
+    """Why kernel_sm90 cannot cut the problem so; None if it can."""
+    by_rows, in_blocks = tiling.split == "rows", problem.rows > 0 or problem.experts > 1
+    rows, columns = tiling.tile_m // (CONSUMERS if by_rows else 1), tiling.tile_n // (1 if by_rows else CONSUMERS)
+    down, across = (tiling.cluster, 1) if tiling.cluster_along == "rows" else (1, tiling.cluster)
+    products = tiling.blocks * (rows // WGMMA_ROWS) * problem.weights
+    shared = tiling.stages * BLOCK * (tiling.tile_m + tiling.tile_n * problem.weights)
+    shared += CONSUMERS * WGMMA_ROWS * columns * 2
+    if problem.n % (tiling.tile_n * across) or problem.k % (BLOCK * tiling.blocks):
+        return f"weights [{problem.n}, {problem.k}] in tiles [{tiling.tile_n * across}, {BLOCK * tiling.blocks}]"
+    if problem.rows not in (0, tiling.tile_m):
+        return f"blocks of {problem.rows} rows, tiles of {tiling.tile_m}"
+    if down > 1 and (in_blocks or -(-problem.m // tiling.tile_m) % down):
+        return f"{problem.m} rows are no whole clusters of {down} tiles, or in blocks of an expert each"
+    if rows % WGMMA_ROWS or BLOCK % columns or columns % WGMMA_ROWS:
+        return f"{rows} x {columns} for each consumer: rows of 64, columns 64 or 128"
+    if problem.weights > 1 and not by_rows:
+        return "the consumers of several weights share their columns"
+    if products % tiling.in_flight or tiling.stages < tiling.blocks:
+        return (
+            f"{products} products in groups of {tiling.in_flight}, of {tiling.blocks} blocks in {tiling.stages} buffers"
+        )
+    return None if shared <= SHARED_BYTES else f"{shared} bytes of shared memory, there are {SHARED_BYTES}"
+
+
+def default_few_rows(problem: Problem) -> FewRows | None:
+    """As many bytes in flight as shared memory holds, in stages as long as accumulators have registers for."""
+    rows = _few_rows(problem)
+    for blocks in (4, 2, 1):
+        accumulators = (blocks + 1) * problem.weights * rows // 2
+        stage = blocks * BLOCK * (WGMMA_ROWS * problem.weights + rows)
+        stages = min(16, (SHARED_BYTES - WGMMA_ROWS * rows * 2) // stage)
+        if stages >= 2 and (accumulators <= ACCUMULATOR_REGISTERS or blocks == 1):
+            tiling = FewRows(blocks, stages, 1)
+            if few_rows_reason(tiling, problem) is None:
+                return tiling
+    return None
+
+
+def default_many_rows(problem: Problem) -> ManyRows | None:
+    """The tile with which the multiprocessor that gets most of them has least to do; of equals the largest."""
+    tilings = (
+        ManyRows(128, 256, 4, "columns"),
+        ManyRows(128, 128, 6, "rows"),
+        ManyRows(128, 128, 4, "rows"),
+        ManyRows(64, 256, 4, "columns"),
+        ManyRows(128, 64, 6, "rows"),
+        ManyRows(64, 128, 6, "columns"),
+    )
+
+    def work(tiling: ManyRows) -> int:
+        tiles = -(-problem.m // tiling.tile_m) * (problem.n // tiling.tile_n)
+        return -(-tiles // H100_SMS) * tiling.tile_m * tiling.tile_n
+
+    fitting = [tiling for tiling in tilings if many_rows_reason(tiling, problem) is None]
+    return min(fitting, key=work, default=None)
+
+
+def padded_rows(m: int, tiling: FewRows | ManyRows) -> int:
+    """m, up to whole tiles: what a kernel is called with where rows are not in blocks."""
+    tile = 8 if isinstance(tiling, FewRows) else tiling.tile_m
+    return -(-m // tile) * tile
+
+
+def _few_rows(problem: Problem) -> int:
+    return problem.rows or -(-problem.m // 8) * 8
+
+
+@functools.cache
+def load(path: Path, kinds: tuple[tuple[str, type], ...] = tuple(KINDS.items())) -> Table:
+    """The table at `path`, empty where there is no file. kinds: name -> class of its tilings. Raises TableError."""
+    return parse(path.read_text(), str(path), dict(kinds)) if path.exists() else {}
+
+
+def parse(text: str, where: str, kinds: Mapping[str, type] = KINDS) -> Table:
+    """The table that `text` holds; `where` is for errors. Raises TableError."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TableError(f"{where}: {error}") from None
+    if not isinstance(content, dict):
+        raise TableError(f"{where}: not a table of {', '.join(kinds)}")
+    if unknown := content.keys() - kinds.keys():
+        raise TableError(f"{where}: {', '.join(sorted(unknown))}: there are {', '.join(kinds)}")
+    table = {}
+    for kind, problems in content.items():
+        if not isinstance(problems, dict):
+            raise TableError(f"{where}: {kind}: not a table of problems")
+        table[kind] = tuple(
+            _entry(kinds[kind], key, value, f"{where}: {kind}: {key!r}") for key, value in problems.items()
+        )
+    return table
+
+
+def _entry(cls: type, key: str, value: Any, where: str) -> Entry:
+    try:
+        problem = Problem.parse(key)
+    except ValueError as error:
+        raise TableError(f"{where}: not a problem: {error}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("us"), int | float):
+        raise TableError(f"{where}: no tiling with its `us`")
+    tiling = {name: setting for name, setting in value.items() if name != "us"}
+    return Entry(problem, tiling_of(cls, tiling, where), float(value["us"]))
+
+
+def tiling_of(cls: type, settings: Mapping[str, Any], where: str) -> Any:
+    """A tiling of `cls` with these settings, checked against the types of its fields. Raises TableError."""
+    types = typing.get_type_hints(cls)
+    for name, setting in settings.items():
+        kind = types.get(name)
+        if kind is None:
+            raise TableError(f"{where}: {cls.__name__} has no {name}, but {', '.join(types)}")
+        if typing.get_origin(kind) is typing.Literal:
+            good = setting in typing.get_args(kind)
+        else:
+            good = type(setting) is kind and (kind is not int or setting > 0)
+        if not good:
+            raise TableError(f"{where}: {name} is {setting!r}")
+    try:
+        return cls(**settings)
+    except ValueError as error:
+        raise TableError(f"{where}: {error}") from None

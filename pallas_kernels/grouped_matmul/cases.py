@@ -1,0 +1,79 @@
+"""The shapes of experts, named by model and use; tests, tuning and benchmarks read them here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class GroupedCase(NamedTuple):
+    """`rows` rows for each of `hit` of `experts` experts; y = x @ w[e].T, with `weights` matrices [n, k] an expert.
+
+    Two weights are gate and up: y is their clamped SwiGLU, times a routing weight. blocks: how many rows a block may
+    have. peer: what the peer's adapter calls the kernel for such a product, None where it has none.
+    """
+
+    name: str
+    rows: int
+    n: int
+    k: int
+    blocks: tuple[int, ...]
+    weights: int = 1
+    experts: int = 256
+    hit: int = 256
+    peer: str | None = None
+
+
+class LayerCase(NamedTuple):
+    """`tokens`, each routed to `top` of `experts` experts [i, d], [i, d] and [d, i]."""
+
+    name: str
+    tokens: int
+    d: int
+    i: int
+    experts: int
+    top: int
+    limit: float = 10.0
+
+
+# V4-Flash: gate and up as one matrix, and down: name -> (n, k).
+FLASH = {"gate_up": (4096, 4096), "down": (4096, 2048)}
+D, I, EXPERTS, TOP = 4096, 2048, 256, 6  # noqa: E741
+DECODE = tuple(
+    GroupedCase(f"decode 256x{rows} {name}", rows, n, k, blocks, peer="masked")
+    for rows, blocks in ((3, (8,)), (12, (16, 8)))
+    for name, (n, k) in FLASH.items()
+)
+PREFILL = tuple(
+    GroupedCase(f"prefill {experts}x{rows} {name}", rows, n, k, blocks, 1, experts, experts, "contiguous")
+    for experts, rows, blocks in ((32, 256, (256, 128)), (64, 128, (128, 64)))
+    for name, (n, k) in FLASH.items()
+)
+# The two products of a balanced layer: tokens -> experts that are hit, rows of each, rows of a block.
+BALANCED: dict[int, tuple[int, int, tuple[int, ...]]] = {
+    1: (6, 1, (8,)),
+    16: (80, 1, (8,)),
+    128: (256, 3, (8,)),
+    4096: (256, 96, (128, 64, 32)),
+}
+PARTS = tuple(
+    GroupedCase(f"layer {tokens} {name}", rows, n, k, blocks, weights, hit=hit)
+    for tokens, (hit, rows, blocks) in BALANCED.items()
+    for name, n, k, weights in (("swiglu", I, D, 2), ("down", D, I, 1))
+)
+LAYERS = tuple(LayerCase(f"layer {tokens} whole", tokens, D, I, EXPERTS, TOP) for tokens in (1, 16, 128, 4096))
+BENCH = DECODE + PREFILL + PARTS
+
+# Of the model that is shipped. Its experts are 64 wide, half a scale block: no kernel takes its second product.
+SHIPPED = (
+    GroupedCase("small swiglu", 1, 64, 256, (8,), 2, experts=8, hit=2),
+    GroupedCase("small swiglu prefill", 75, 64, 256, (16,), 2, experts=8, hit=8),
+)
+# What a kernel gets wrong if it is wrong.
+HOSTILE = (
+    GroupedCase("one row of one expert", 1, 64, 128, (8,), experts=7, hit=1),
+    GroupedCase("more rows than a block", 19, 192, 256, (8, 16), experts=5, hit=3),
+    GroupedCase("whole blocks, one K block", 16, 128, 128, (8, 16), 2, experts=4, hit=4),
+    GroupedCase("a tile and a row", 129, 128, 256, (128,), 2, experts=3, hit=2),
+)
+# Routings as counts of rows: empty experts at the edges, all rows to one, one row each, blocks just full and just over.
+HOSTILE_COUNTS = ((0, 5, 0, 8, 0), (0, 0, 37, 0, 0), (1, 1, 1, 1, 1), (8, 16, 9, 17, 7), (0, 0, 0, 0, 1))

@@ -1,0 +1,81 @@
+"""Tilings of the expert layer: how many rows a block has, and how both projections are cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pallas_kernels.block_matmul import tilings
+from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.block_matmul.tilings import Problem, choose, load
+
+TABLE = Path(__file__).with_name("tiling_h100.json")
+BLOCK_ROWS = (8, 16, 32, 64, 128)  # what is tried
+TILES = (64, 128)  # from which on a block can be a tile of the kernel for many rows
+FEW = 64  # up to which it can be one of the kernel for few
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of a block. `table` knows it for problems with three weights: gate, up and down."""
+
+    rows: int = 8
+
+
+@dataclass(frozen=True)
+class LayerTiling:
+    """What grouped_matmul.kernel_sm90.experts takes."""
+
+    rows: int
+    gate_up: FewRows | ManyRows
+    down: FewRows | ManyRows
+
+
+KINDS: dict[str, type] = tilings.KINDS | {"mxfp4": FewRows, "layer": LayerRows}
+
+
+def tiling(m: int, n: int, k: int, weights: int = 1, *, experts: int, rows: int) -> FewRows | ManyRows | None:
+    """Of a product of m rows in blocks of `rows`, one expert each: of the kernel that was measured to be faster.
+
+    Without a measurement: the kernel for few rows, but for blocks of a whole tile of the other. None where none fits.
+    """
+    problem = Problem(m, n, k, weights, experts, rows)
+    table = load(TABLE, tuple(KINDS.items()))
+    entries = [entry for kind in ("few_rows", "many_rows") for entry in table.get(kind, ())]
+    if entry := choose(entries, problem, lambda found: tilings.reason(found, problem) is None):
+        return entry.tiling
+    few, many = tilings.default_few_rows(problem), tilings.default_many_rows(problem)
+    return (many or few) if rows in TILES else few
+
+
+def block_rows(problem: Problem, options: tuple[int, ...]) -> int:
+    """Of `options`, the rows of a block with which the nearest measurement was fastest; the first without one."""
+    table = load(TABLE, tuple(KINDS.items()))
+    entries = [entry for kind in ("few_rows", "many_rows") for entry in table.get(kind, ())]
+    entry = choose([entry for entry in entries if entry.problem.rows in options], problem, lambda _: True)
+    return entry.problem.rows if entry else options[0]
+
+
+def layer_problem(tokens: int, top: int, experts: int, d: int, i: int) -> Problem:
+    """How the table writes a layer of `tokens`, each of `top` experts [i, d], [i, d] and [d, i]."""
+    return Problem(tokens * top, i, d, weights=3, experts=experts)
+
+
+def layer_tiling(tokens: int, top: int, experts: int, d: int, i: int, *, rows: int | None = None) -> LayerTiling | None:
+    """Of a layer with blocks of `rows`; None: as many as was measured to be best, or as an expert has on average.
+
+    None where no tiling fits: d or i no multiple of 128.
+    """
+    m = tokens * top
+    of_block = rows or _rows_of_layer(layer_problem(tokens, top, experts, d, i))
+    gate_up = tiling(m, i, d, weights=2, experts=experts, rows=of_block)
+    down = tiling(m, d, i, experts=experts, rows=of_block)
+    return LayerTiling(of_block, gate_up, down) if gate_up and down else None
+
+
+def _rows_of_layer(problem: Problem) -> int:
+    """As measured, else the smallest block that the rows of an average expert fit into."""
+    if entry := choose(load(TABLE, tuple(KINDS.items())).get("layer", ()), problem, lambda _: True):
+        return entry.tiling.rows
+    each = problem.m / min(problem.experts, problem.m)
+    return next((rows for rows in (8, 16, 32) if each <= rows), max(TILES))

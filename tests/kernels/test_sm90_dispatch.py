@@ -1,0 +1,289 @@
+"""The Hopper kernels as implementations of `block_matmul` and `experts`: what they refuse, take, and compute."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.block_matmul import api as dense_api
+from pallas_kernels.block_matmul import matmul
+from pallas_kernels.device import KINDS, pretend
+from pallas_kernels.grouped_matmul import api as experts_api
+from pallas_kernels.grouped_matmul import experts, sm90
+from pallas_kernels.grouped_matmul import tilings as layer_tilings
+from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
+from pallas_kernels.mosaic import interpreted
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight, quantize
+from pallas_kernels.router import Routing
+
+H100 = KINDS["H100 / H200"]
+FLOAT_BLOCK, FLOAT_GROUP = (dataclasses.replace(form, scale="float32") for form in (FP8_BLOCK, FP8_GROUP))
+FLOAT_BLOCK, FLOAT_GROUP = (dataclasses.replace(form, power_of_two=False) for form in (FLOAT_BLOCK, FLOAT_GROUP))
+shape = jax.ShapeDtypeStruct
+
+
+def stored(form, *sizes):
+    """A weight of these sizes by shapes alone; None for a plain one."""
+    if form is None:
+        return shape(sizes, jnp.bfloat16)
+    values = shape(form.values_shape(sizes), form.values_dtype)
+    return QuantTensor(values, shape(form.scale_shape(sizes), form.scale_dtype), form)
+
+
+def treated(w, *, static=False, channels=0, rotated=False):
+    scale = shape((1, 1), jnp.float32) if static else None
+    kept = (shape((channels,), jnp.int32), shape((*w.shape[:-1], channels), jnp.bfloat16)) if channels else (None, None)
+    return TreatedWeight(w, scale, *kept, rotated)
+
+
+def abstract_routing(tokens, top, count):
+    chosen = shape((tokens, top), jnp.int32), shape((tokens, top), jnp.float32), shape((tokens, count), jnp.float32)
+    return Routing(*chosen, shape((count,), jnp.int32), shape((tokens * top,), jnp.int32))
+
+
+def dense_choice(form=FP8_BLOCK, activations=FP8_GROUP, *, n=256, k=256, rows=(8,), w=None, out_dtype=None):
+    """(what runs, what sm90 refused: None where it runs)."""
+    how = {"activations": activations, "out_dtype": out_dtype}
+    x = shape((*rows, k), jnp.bfloat16)
+    candidate, refusals = dense_api.MATMUL.choose((x, w or stored(form, n, k)), how)
+    return candidate.name, refusals[0].removeprefix("sm90: ") if refusals else None
+
+
+def layer_choice(
+    form=FP8_BLOCK, activations=FP8_GROUP, *, d=256, i=128, tokens=8, count=4, dtype=jnp.bfloat16, **other
+):
+    """As `dense_choice`. other: weights by name."""
+    weights = {"w1": stored(form, count, i, d), "w3": stored(form, count, i, d), "w2": stored(form, count, d, i)}
+    args = shape((tokens, d), dtype), *(weights | other).values(), abstract_routing(tokens, 2, count)
+    candidate, refusals = experts_api.EXPERTS.choose(args, {"activations": activations, "limit": 1.0})
+    return candidate.name, refusals[0].removeprefix("sm90: ") if refusals else None
+
+
+ONE_TYPE = [
+    ({"form": None}, "the weight is not quantised"),
+    ({"activations": None}, "activations are not quantised"),
+    ({"activations": FLOAT_GROUP}, "scales of activations are float32, of weights ue8m0: it takes them of one type"),
+    ({"form": FLOAT_BLOCK}, "scales of activations are ue8m0, of weights float32: it takes them of one type"),
+]
+OPERANDS = [  # of layers of experts; one product takes other formats too
+    *ONE_TYPE,
+    ({"form": MXFP4}, "weights are e2m1:1x32:ue8m0: it takes e4m3 in 128 x 128 blocks"),
+    ({"form": FORMATS["fp8_row"]}, "weights are e4m3:row:float32: it takes e4m3 in 128 x 128 blocks"),
+    ({"form": FORMATS["e5m2"]}, "weights are e5m2:128x128:ue8m0: it takes e4m3 in 128 x 128 blocks"),
+    ({"activations": FORMATS["fp8_row"]}, "activations are e4m3:row:float32: it takes e4m3 in 1 x 128 groups"),
+    ({"activations": FORMATS["e5m2_group"]}, "activations are e5m2:1x128:ue8m0: it takes e4m3 in 1 x 128 groups"),
+]
+CODES = "it takes e4m3 or e5m2, scales of"
+BFLOAT16 = [dataclasses.replace(form, scale="bfloat16") for form in (FLOAT_BLOCK, FLOAT_GROUP)]
+DENSE_OPERANDS = [
+    *ONE_TYPE,
+    ({"form": MXFP4}, f"weights are e2m1:1x32:ue8m0: {CODES} 128 x 128 blocks, rows or the whole"),
+    (
+        {"form": FORMATS["fp8_row"]},
+        f"activations are e4m3:1x128:ue8m0: by e4m3:row:float32 {CODES} rows or the whole",
+    ),
+    (
+        {"activations": FORMATS["fp8_row"]},
+        f"activations are e4m3:row:float32: by e4m3:128x128:ue8m0 {CODES} 1 x 128 groups",
+    ),
+    (
+        {"activations": FORMATS["int8_row"]},
+        f"activations are int8:row:float32: by e4m3:128x128:ue8m0 {CODES} 1 x 128 groups",
+    ),
+    (dict(zip(("form", "activations"), BFLOAT16, strict=True)), "scales of blocks are bfloat16"),
+]
+
+
+@pytest.mark.parametrize("choice", [dense_choice, layer_choice])
+def test_other_devices(choice):
+    for name, device in KINDS.items():
+        with pretend(device):
+            ran, reason = choice()
+        assert (ran == "sm90") == (device is H100), name
+        assert reason == (None if device is H100 else f"{name} is no Hopper GPU (compute capability 9.0)")
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        *DENSE_OPERANDS,
+        ({"w": treated(stored(FP8_BLOCK, 256, 256), static=True)}, "the activation scale is static"),
+        ({"k": 192}, "K = 192 is no multiple of the block of 128"),
+        ({"k": 64}, "K = 64 is no multiple of the block of 128"),
+        ({"n": 96}, "no tiling fits weights of 96 rows: a multiple of 64"),
+        ({"out_dtype": jnp.float16}, "results in float16: it writes bfloat16 and float32"),
+    ],
+)
+def test_what_dense_products_refuse(call, reason):
+    with pretend(H100):
+        ran, found = dense_choice(**call)
+    assert ran != "sm90" and found is not None and found.startswith(reason)
+
+
+UP, DOWN = stored(FP8_BLOCK, 4, 128, 256), stored(FP8_BLOCK, 4, 256, 128)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        *OPERANDS,
+        ({"w3": stored(MXFP4, 4, 128, 256)}, "weights are e2m1:1x32:ue8m0: it takes e4m3 in 128 x 128 blocks"),
+        ({"w2": stored(None, 4, 256, 128)}, "the weight is not quantised"),
+        (
+            {"form": FLOAT_BLOCK, "activations": FLOAT_GROUP},
+            "activations are e4m3:1x128:float32 to nearest with floor 0.0001: "
+            "it rounds to e4m3:1x128:ue8m0 to nearest with floor 0.0001",
+        ),
+        (
+            {"activations": dataclasses.replace(FP8_GROUP, floor=None)},
+            "activations are e4m3:1x128:ue8m0 to nearest with floor None",
+        ),
+        ({"w1": treated(UP, static=True)}, "the activation scale is static"),
+        ({"w3": treated(UP, channels=3)}, "channels of the input stay in 16 bits: it multiplies codes alone"),
+        ({"w2": treated(DOWN, rotated=True)}, "the input is rotated before it is rounded"),
+        ({"d": 192}, "K = 192 is no multiple of the block of 128"),
+        ({"i": 192}, "K = 192 is no multiple of the block of 128"),
+        ({"dtype": jnp.float16}, "tokens in float16: it takes bfloat16 and float32"),
+        ({"tokens": 0}, "there are no tokens"),
+    ],
+)
+def test_what_layers_of_experts_refuse(call, reason):
+    with pretend(H100):
+        ran, found = layer_choice(**call)
+    assert ran != "sm90" and found is not None and found.startswith(reason)
+
+
+def test_a_weight_without_treatment_may_say_so():
+    with pretend(H100):
+        assert dense_choice(w=treated(stored(FP8_BLOCK, 256, 256))) == ("sm90", None)
+        assert layer_choice(w1=treated(UP), w2=treated(DOWN)) == ("sm90", None)
+
+
+def test_a_layer_that_no_tiling_fits(monkeypatch):
+    monkeypatch.setattr(layer_tilings, "layer_tiling", lambda *_: None)
+    with pretend(H100):
+        assert layer_choice() == ("reference", "no tiling fits experts [128, 256]")
+
+
+@pytest.mark.parametrize("rows", [(1,), (8, 1), (1, 512)], ids=str)
+def test_the_shipped_model(rows):
+    """Width 256: what is wide enough of it runs. Its experts are half a block wide, which is refused with a reason."""
+    with pretend(H100):
+        for n, k in ((512, 128), (128, 256), (64, 256), (256, 128), (256, 256)):
+            assert dense_choice(n=n, k=k, rows=rows) == ("sm90", None), (n, k)
+        narrow = dense_choice(n=256, k=64, rows=rows)  # down, of the shared expert
+        assert narrow == ("block_dot", "K = 64 is no multiple of the block of 128")
+        layer = layer_choice(d=256, i=64, count=8, tokens=int(np.prod(rows)))
+        assert layer == ("reference", "K = 64 is no multiple of the block of 128")
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 128, 512, 4096])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_v4_flash(tokens, dtype):
+    """Dense layers as released; experts where they are FP8, and refused with a reason where they are MXFP4."""
+    sizes = {"d": 4096, "i": 2048, "count": 256, "tokens": tokens, "dtype": dtype}
+    with pretend(H100):
+        for n, k in ((1024, 4096), (32768, 1024), (512, 4096), (4096, 8192), (2048, 4096), (4096, 2048)):
+            assert dense_choice(n=n, k=k, rows=(tokens,), out_dtype=dtype) == ("sm90", None), (n, k)
+        assert layer_choice(**sizes) == ("sm90", None)
+        assert layer_choice(MXFP4, **sizes)[0] == "reference"
+
+
+def test_rows_of_a_block_follow_those_of_an_expert():
+    """Blocks of a whole tile for many rows; and for float32, which the kernel for few rows does not write on a GPU."""
+    rows = [sm90.layer_tiling(tokens, 6, 256, 4096, 2048, jnp.bfloat16).rows for tokens in (1, 128, 1024, 16384)]
+    assert rows == sorted(rows) and rows[0] <= 16 and rows[-1] >= 64
+    assert sm90.layer_tiling(1, 6, 256, 4096, 2048, jnp.float32).rows == 128
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 4096])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_layer_lowers_for_a_gpu(tokens, dtype):
+    """What the interpreter does not know: that the tilings it is given fit into shared memory."""
+    d, i, count = 4096, 2048, 256
+    up, down = stored(FP8_BLOCK, count, i, d), stored(FP8_BLOCK, count, d, i)
+    run = jax.jit(functools.partial(experts, limit=10.0, activations=FP8_GROUP, implementation="sm90"))
+    with pretend(H100):
+        traced = run.trace(shape((tokens, d), dtype), up, up, down, abstract_routing(tokens, 6, count))
+    traced.lower(lowering_platforms=("cuda",))
+
+
+def normal(seed, *sizes, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=sizes), dtype)
+
+
+def check(got, want, bound, relative=3e-3):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    rms = np.sqrt(np.mean(want**2))
+    assert got.shape == want.shape and np.sqrt(np.mean((got - want) ** 2)) <= relative * rms
+    assert (np.abs(got - want) <= bound * (np.abs(want) + rms)).all()
+
+
+BOUNDS = {jnp.bfloat16: 2.0**-7, jnp.float32: 2.0**-18}  # both results are rounded
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows", [(1,), (5,), (130,), (2, 3)], ids=str)
+@pytest.mark.parametrize("kept", [False, True], ids=["", "channels kept"])
+def test_dense_products_are_the_reference(rows, dtype, kept):
+    n, k = 192, 256
+    x, w = normal(0, *rows, k, dtype=dtype), normal(1, n, k)
+    weight = quantize(w, FP8_BLOCK)
+    if kept:
+        channels = jnp.asarray([3, 17], jnp.int32)
+        x = x.at[..., 3].multiply(30)
+        weight = quantize(w.at[:, channels].set(0), FP8_BLOCK)
+        weight = TreatedWeight(weight, None, channels, w[:, channels].astype(jnp.bfloat16))
+    with interpreted():
+        got = matmul(x, weight, activations=FP8_GROUP, implementation="sm90")
+        got.block_until_ready()
+    want = matmul(x, weight, activations=FP8_GROUP, implementation="reference")
+    assert got.dtype == want.dtype == dtype
+    check(got, want, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"), [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)], ids=["widened", "narrowed"]
+)
+def test_results_of_another_type_and_float32_scales(dtype, out_dtype):
+    x, w = normal(0, 5, 256, dtype=dtype), quantize(normal(1, 64, 256), FLOAT_BLOCK)
+    with interpreted():
+        got = matmul(x, w, activations=FLOAT_GROUP, out_dtype=out_dtype, implementation="sm90")
+        got.block_until_ready()
+    # In float32: scales that are no powers of two are no bfloat16 numbers, to which a reference in it would round.
+    want = matmul(x.astype(jnp.float32), w, activations=FLOAT_GROUP, implementation="reference")
+    assert got.dtype == out_dtype
+    check(got, want, BOUNDS[out_dtype])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("tokens", [1, 5, 130])
+def test_layers_of_experts_are_the_reference(tokens, dtype):
+    count, d, i, top = 4, 256, 128, 2
+    rng = np.random.default_rng(tokens)
+    chosen = np.stack([rng.permutation(count - 1)[:top] for _ in range(tokens)]).astype(np.int32)
+    flat = chosen.reshape(-1)  # the last expert gets no token
+    counts, order = np.bincount(flat, minlength=count).astype(np.int32), np.argsort(flat, kind="stable")
+    factors = rng.uniform(0.2, 1.5, chosen.shape).astype(np.float32)
+    scores = np.zeros((tokens, count), np.float32)
+    routing = Routing(*map(jnp.asarray, (chosen, factors, scores, counts, order.astype(np.int32))))
+    weights = [
+        quantize(normal(seed, count, *sizes) / np.sqrt(sizes[1]), FP8_BLOCK)
+        for seed, sizes in enumerate(((i, d), (i, d), (d, i)))
+    ]
+    x = normal(9, tokens, d, dtype=dtype)
+    run = functools.partial(experts, x, *weights, routing, limit=2.0, activations=FP8_GROUP)
+    with interpreted():
+        got = run(implementation="sm90")
+        got.block_until_ready()
+    # The reference rounds gate and up to x's dtype, kernels the hidden rows alone, as here.
+    hidden = expert_gate_up(x.astype(jnp.float32), *weights[:2], routing, limit=2.0, activations=FP8_GROUP)
+    exact = expert_down(hidden.astype(dtype).astype(jnp.float32), weights[2], routing, activations=FP8_GROUP)
+    # A last bit of a hidden row may choose another FP8 code, of 3 bits; it does so in few of them.
+    check(got, exact, 2.0**-5, relative=5e-3)
+    want = run(implementation="reference")
+    assert got.dtype == want.dtype == dtype
+    check(got, want, *((2.0**-2, 3e-2) if dtype == jnp.bfloat16 else (2.0**-5, 5e-3)))

@@ -14,7 +14,8 @@ wgmma reads its first operand from. Persistent thread blocks take `warpgroups` x
 A token's sum is the same whatever other tokens are present: no split along K, no atomics.
 Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latency. A consumer warp issues
 some 45 instructions a group with 8 tokens (14 of them unpack 16 codes a thread), 54 with 16; at 2.6 TB/s of packed
-weights one of a scheduler's warps has a group every 90 cycles.
+weights one of a scheduler's warps has a group every 90 cycles. An H100 measured 2.47 TB/s, 74 %, for 256 experts of 3
+rows and [4096, 4096].
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -10,12 +10,12 @@ their operands in the L2 cache. Three warpgroups:
 - the producer runs ahead, across tiles, and copies one K block of both operands (TMA, 128-byte swizzle) into each of
   `stages` buffers;
 - two consumers share the tile, half its rows or half its columns each. For every K block a consumer issues one wgmma a
-  64 rows into a fresh accumulator, and while the next one runs adds the finished one, times the two scales of the
-  block, to float32 sums: tensor cores accumulate FP8 products in fewer bits than float32 has, so that no chain is
-  longer than 128. Scales come straight from device memory, one block ahead.
+  64 rows into a fresh accumulator and adds it, times the two scales of the block, to float32 sums: tensor cores
+  accumulate FP8 products in fewer bits than float32 has, so that no chain is longer than 128. With `in_turn` they issue
+  alternately, so that one adds while the tensor cores work for the other; left alone they fall into step.
 
-Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma. A consumer adds 64 x 128 / 128 = 64 products a thread for every 256 cycles
-of wgmma, which the other consumer's wgmma covers.
+Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma; an H100 measured 1324 at M = N = K = 4096, 67 %. Before that comes shared
+memory: wgmmas of 64 x 128 read 96 of its 128 bytes a cycle, and copies write 48 more for tiles of 128 x 256.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -22,6 +22,9 @@ class ManyRows:
     """Of kernel_sm90: an output tile and how the two consumers split it, buffers, and the order of tiles.
 
     Consecutive tiles run along rows of `width` tiles (`rows_first`) or columns, so that their operands meet in the L2.
+    blocks: of K an iteration takes; in_flight: products it issues before it adds the first, which must divide all that
+    it makes. cluster: thread blocks that are neighbours along rows and share the weights' tile, or along columns and
+    share the input's. in_turn: the consumers issue alternately.
     """
 
     tile_m: int = 128

@@ -25,7 +25,7 @@ from pallas_kernels.row_format import RowFormat
 
 def page_bytes(form: RowFormat, width: int, page_size: int) -> int:
     """Bytes of a page of `page_size` rows."""
-    data, scales = _data_bytes(form, width), _scale_bytes(form, width)
+    data, scales = page_layout(form, width)
     whole = page_size * (data + scales)
     return -(-whole // data) * data if form.tail else whole
 
@@ -55,30 +55,32 @@ def unpack_pages(pages: UInt8[Array, "... pages bytes"], form: RowFormat, width:
             f"pages are {pages.dtype} of {pages.shape[-1]} bytes: {page_size} rows of {width} channels take {expected}"
         )
     *leading, count, _ = pages.shape
-    data, scales = _data_bytes(form, width), _scale_bytes(form, width)
+    data, scales = page_layout(form, width)
 
     def plane(begin: int, size: int) -> jax.Array:
         part = pages[..., begin : begin + page_size * size]
         return part.reshape(*leading, count * page_size, size)
 
-    rows = plane(0, data)
-    body = data - 2 * form.tail
+    return rows_of_bytes(plane(0, data), plane(page_size * data, scales), form)
+
+
+def page_layout(form: RowFormat, width: int) -> tuple[int, int]:
+    """Bytes of one row's data and of its scales; a page holds the data of all its rows, then their scales."""
+    scales = 0 if form.quant is None else form.scales(width) * form.quant.scale_dtype.itemsize
+    return form.nbytes(width) - scales, scales
+
+
+def rows_of_bytes(data: UInt8[Array, "... data"], scales: UInt8[Array, "... scales"], form: RowFormat) -> Rows:
+    """Rows of the bytes a page keeps of them."""
+    body = data.shape[-1] - 2 * form.tail
     scale = None
-    if scales:
+    if scales.shape[-1]:
         assert form.quant is not None
         kind = np.dtype(np.uint8) if form.quant.scale == "ue8m0" else form.quant.scale_dtype
-        scale = _from_bytes(plane(page_size * data, scales), kind)
+        scale = _from_bytes(scales, kind)
     values = np.dtype(form.plain) if form.quant is None else form.quant.values_dtype
-    tail = _from_bytes(rows[..., body:], jnp.dtype(jnp.bfloat16)) if form.tail else None
-    return Rows(_from_bytes(rows[..., :body], values), tail, scale, form)
-
-
-def _data_bytes(form: RowFormat, width: int) -> int:
-    return form.nbytes(width) - _scale_bytes(form, width)
-
-
-def _scale_bytes(form: RowFormat, width: int) -> int:
-    return 0 if form.quant is None else form.scales(width) * form.quant.scale_dtype.itemsize
+    tail = _from_bytes(data[..., body:], jnp.dtype(jnp.bfloat16)) if form.tail else None
+    return Rows(_from_bytes(data[..., :body], values), tail, scale, form)
 
 
 def _bytes(x: jax.Array) -> jax.Array:

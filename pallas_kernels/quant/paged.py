@@ -1,0 +1,79 @@
+"""Rows of many sequences in the pages of one pool: what a cache of unknown lengths is, and what kernels read.
+
+A row is named by its number in its sequence; the table says which page holds it. Pages of quantised rows are the bytes
+of SPEC section 3 (pallas_kernels.quant.pages), pages of plain rows are arrays of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.quant.pages import pack_pages, page_layout, rows_of_bytes
+from pallas_kernels.quant.rows import Rows
+from pallas_kernels.row_format import RowFormat
+from pallas_kernels.typing import typed
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pool", "table"], meta_fields=["format", "width", "page_size"]
+)
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Rows [B, n * page_size, width] of B sequences, n pages each.
+
+    pool: uint8 [pages, bytes] of a quantised format, [pages, page_size, width] of a plain one. table int32 [B, n]: the
+    page of rows i * page_size .. of each sequence; pages of rows that nobody asks for may be anything. None: rows are
+    numbered through the pool (page * page_size + place in it), alike for every sequence.
+    """
+
+    pool: Any
+    table: Any
+    format: RowFormat
+    width: int
+    page_size: int
+
+    @property
+    def rows(self) -> int:
+        """Rows a sequence can name."""
+        return (self.pool.shape[0] if self.table is None else self.table.shape[1]) * self.page_size
+
+
+def paged(rows: Rows, page_size: int, table: jax.Array | None = None) -> Pages:
+    """Rows [B, N, width] put into pages: those of sequence b one after the other, or where `table` [B, n] says.
+
+    The pool has as many pages as all sequences need together; `table` must be a permutation of them.
+    """
+    batch, _, width = rows.shape
+    if rows.format.quant is None:
+        missing = -rows.shape[1] % page_size
+        filled = jnp.pad(rows.body, ((0, 0), (0, missing), (0, 0)))
+        pages = filled.reshape(batch, -1, page_size, width)
+    else:
+        pages = pack_pages(rows, page_size)
+    count = pages.shape[1]
+    if table is None:
+        table = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
+    flat = pages.reshape(batch * count, *pages.shape[2:])
+    return Pages(jnp.zeros_like(flat).at[table.reshape(-1)].set(flat), table, rows.format, width, page_size)
+
+
+@typed
+def take_paged(pages: Pages, index: Int[Array, "B N"]) -> Rows:
+    """The rows [B, N, width] numbered `index`, each 0 <= index < pages.rows."""
+    page, place = index // pages.page_size, index % pages.page_size
+    if pages.table is not None:
+        page = jnp.take_along_axis(pages.table, page, axis=1)
+    if pages.format.quant is None:
+        return Rows(pages.pool[page, place], None, None, pages.format)
+    data, scales = page_layout(pages.format, pages.width)
+
+    def plane(begin: int, size: int) -> jax.Array:
+        return pages.pool[page[..., None], begin + place[..., None] * size + jnp.arange(size)[None, None]]
+
+    return rows_of_bytes(plane(0, data), plane(pages.page_size * data, scales), pages.format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dsv4.config.cache import CACHE_FORMATS, CacheFormat
 from dsv4.config.errors import require
@@ -21,6 +21,8 @@ class Execution:
     stored, None for `dtype`; every way through the model sees them as stored, the full pass included.
     precision: of matrix products ("highest" keeps float32 exact on devices that would round it to TF32 or bf16).
     implementation: of every op ("auto", or a name `dsv4 doctor` lists); a named one runs or raises.
+    batch_invariant: in dense and expert products the bits of a token depend neither on the other tokens nor on their
+    number; implementations that cannot promise it are passed over, and tilings that add in another order.
     prefill_chunk: tokens of a prompt processed at once, which bounds the memory of a prefill.
     remat: recompute each block in the backward pass instead of keeping its activations.
     """
@@ -30,6 +32,7 @@ class Execution:
     cache: CacheFormat | None = None
     precision: Literal["default", "highest"] = "highest"
     implementation: str = "auto"
+    batch_invariant: bool = False
     prefill_chunk: int = 512
     remat: bool = False
 
@@ -44,6 +47,16 @@ class Execution:
             self.precision in ("default", "highest"), f"execution.precision is {self.precision!r}: default or highest"
         )
         require(self.prefill_chunk >= 1, f"execution.prefill_chunk is {self.prefill_chunk}: it must be at least 1")
+
+    @property
+    def products(self) -> dict[str, Any]:
+        """How weights are multiplied: keywords of `matmul` and `experts`."""
+        return {"activations": self.activations, **self.exact_products}
+
+    @property
+    def exact_products(self) -> dict[str, Any]:
+        """The same where the input is never rounded."""
+        return {"implementation": self.implementation, "batch_invariant": self.batch_invariant}
 
     @property
     def cache_format(self) -> CacheFormat:

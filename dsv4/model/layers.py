@@ -46,10 +46,11 @@ class Linear(nnx.Module):
         *,
         activations: QuantFormat | None = None,
         out_dtype: DTypeLike | None = None,
+        batch_invariant: bool = False,
         implementation: str = "auto",
     ) -> jax.Array:
-        weight = read(self.weight)
-        return matmul(x, weight, activations=activations, out_dtype=out_dtype, implementation=implementation)
+        how: dict[str, Any] = {"batch_invariant": batch_invariant, "implementation": implementation}
+        return matmul(x, read(self.weight), activations=activations, out_dtype=out_dtype, **how)
 
 
 class RMSNorm(nnx.Module):

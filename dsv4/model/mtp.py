@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from dsv4.config import Execution, LayerConfig, ModelConfig
@@ -38,7 +36,7 @@ class MTPBlock(Block):
 
         `embedded` [B, T, D] are the embeddings of `next_ids`, the tokens at the positions after.
         """
-        how: Any = {"activations": self.execution.activations, "implementation": self.execution.implementation}
+        how = self.execution.products
         joined = self.h_proj(self.hnorm(streams), **how) + self.e_proj(self.enorm(embedded), **how)[..., None, :]
         streams, cache, trace = self(joined, next_ids, start, count, cache)
         return self.norm(collapse(self, streams, self.config, self.execution)), cache, trace

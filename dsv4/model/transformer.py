@@ -80,7 +80,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of normed hidden states [..., D]."""
-        return self.head(hidden.astype(jnp.float32), out_dtype=jnp.float32)
+        how: Any = {"out_dtype": jnp.float32, "batch_invariant": self.execution.batch_invariant}
+        return self.head(hidden.astype(jnp.float32), **how)
 
     def predict_next(self, streams: jax.Array, next_ids: jax.Array, block: int = 0) -> tuple[jax.Array, LayerTrace]:
         """MTP logits float32 [B, T, V] of whole sequences, and the block's trace.

@@ -33,6 +33,8 @@ OPS = (
     "grouped_matmul",
     "mxfp4",
     "quantize_rows",
+    "weight_only",
+    "batch_invariant",
 )
 
 

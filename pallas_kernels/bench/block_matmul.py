@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from pallas_kernels.bench.case import Bench, Choice
 from pallas_kernels.block_matmul import decode_sm90, kernel_sm90
 from pallas_kernels.block_matmul.cases import BENCH, MatmulCase
+from pallas_kernels.block_matmul.problem import SHARED_BYTES, Problem
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import (
-    SHARED_BYTES,
-    Problem,
     dense_tiling,
     few_rows_reason,
     many_rows_reason,
     padded_rows,
 )
+from pallas_kernels.mosaic.launch import H100_SMS
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, QuantTensor, dequantize, quantize
 
@@ -74,12 +74,18 @@ def bench(case: MatmulCase) -> Bench:
 
 def inputs(case: MatmulCase, key: jax.Array) -> Operands:
     of_x, of_w = jax.random.split(key)
-    values = jax.random.normal(of_x, (case.m, case.k))
-    w = quantize(jax.random.normal(of_w, (case.n, case.k)) * case.k**-0.5, FP8_BLOCK)
-    sizes = {
-        padded_rows(case.m, tiling) for tiling in (FewRows(), *(ManyRows(tile_m=tile_m) for tile_m in (64, 128, 256)))
-    }
-    x = {size: quantize(jnp.pad(values, ((0, size - case.m), (0, 0))), FP8_GROUP) for size in sizes}
+    return operands(jax.random.normal(of_x, (case.m, case.k)), weight(case, of_w))
+
+
+def weight(case: MatmulCase, key: jax.Array) -> QuantTensor:
+    return quantize(jax.random.normal(key, (case.n, case.k)) * case.k**-0.5, FP8_BLOCK)
+
+
+def operands(values: jax.Array, w: QuantTensor) -> Operands:
+    """Of rows [m, k] that are yet to be rounded."""
+    m = values.shape[0]
+    sizes = {padded_rows(m, tiling) for tiling in (FewRows(), *(ManyRows(tile_m=tile_m) for tile_m in (64, 128, 256)))}
+    x = {size: quantize(jnp.pad(values, ((0, size - m), (0, 0))), FP8_GROUP) for size in sizes}
     return Operands(x, scale_bytes(x[min(sizes)].scale).T, w)
 
 
@@ -94,10 +100,13 @@ def tilings(problem: Problem) -> Iterator[FewRows | ManyRows]:
 def few_rows_tilings(problem: Problem) -> Iterator[FewRows]:
     """With as many bytes in flight as shared memory holds, in stages and warpgroups of every size."""
     rows = problem.rows or padded_rows(problem.m, FewRows())
-    for warpgroups, blocks in itertools.product((1, 2, 4), (1, 2, 4, 8)):
+    for warpgroups, blocks, shares in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)):
+        if shares > 1 and problem.n // (64 * warpgroups) * shares > H100_SMS:
+            continue  # there are tiles enough
         stage = blocks * 128 * (64 * warpgroups * problem.weights + rows)
-        stages = min(16, (SHARED_BYTES - 64 * warpgroups * rows * 2) // stage)
-        tiling = FewRows(blocks, stages, warpgroups, 160 if warpgroups < 4 else 104)
+        behind = 64 * warpgroups * rows * (2 + (4 * shares * problem.weights if shares > 1 else 0))
+        stages = min(16, (SHARED_BYTES - behind) // stage)
+        tiling = FewRows(blocks, stages, warpgroups, 160 if warpgroups < 4 else 104, shares)
         if stages >= 2 and few_rows_reason(tiling, problem) is None:
             yield tiling
 
@@ -127,6 +136,8 @@ SMALL = (
     ),
     ManyRows(128, 128, 6, "rows", blocks=2, in_flight=2),
     ManyRows(64, 256, 4, "columns", blocks=2, in_flight=2),
+    ManyRows(128, 128, 4, "rows", shares=2),
+    ManyRows(64, 128, 6, "columns", blocks=2, in_flight=2, shares=2),
 )
 
 

@@ -9,11 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.case import Bench, Choice, disagreement
-from pallas_kernels.bench.operands import weights_of
+from pallas_kernels.bench.operands import mxfp4_weights_of, weights_of
 from pallas_kernels.grouped_matmul.cases import LayerCase
 from pallas_kernels.grouped_matmul.kernel_sm90 import experts
 from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
-from pallas_kernels.grouped_matmul.tilings import BLOCK_ROWS, LayerRows, LayerTiling, layer_problem, layer_tiling
+from pallas_kernels.grouped_matmul.tilings import (
+    BLOCK_ROWS,
+    MXFP4_ROWS,
+    LayerRows,
+    LayerTiling,
+    layer_problem,
+    layer_tiling,
+)
 from pallas_kernels.quant import FP8_GROUP, dequantize, round_trip
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import swiglu
@@ -26,9 +33,10 @@ def bench(case: LayerCase) -> Bench:
     """nbytes: the expected number of experts that are hit, each once."""
     m, each = case.tokens * case.top, 3 * case.d * case.i
     sizes = case.tokens, case.top, case.experts, case.d, case.i
-    chosen = layer_tiling(*sizes)
+    chosen = layer_tiling(*sizes, mxfp4=case.mxfp4)
     most = max(min(BLOCK_ROWS), 4 * m / min(m, case.experts))
-    tilings = {rows: layer_tiling(*sizes, rows=rows) for rows in BLOCK_ROWS if rows <= most}
+    options = [rows for rows in (MXFP4_ROWS if case.mxfp4 else BLOCK_ROWS) if rows <= most]
+    tilings = {rows: layer_tiling(*sizes, rows=rows, mxfp4=case.mxfp4) for rows in options}
     tried = {rows: tiling for rows, tiling in tilings.items() if tiling is not None}
     hit = case.experts * (1 - (1 - case.top / case.experts) ** case.tokens)
     return Bench(
@@ -38,14 +46,15 @@ def bench(case: LayerCase) -> Bench:
         shared=functools.partial(weights, case),
         ours={_name(tiling): functools.partial(run, case.limit, tiling) for tiling in tried.values()},
         choices={
-            _name(tiling): Choice("layer", layer_problem(*sizes), LayerRows(rows)) for rows, tiling in tried.items()
+            _name(tiling): Choice("mxfp4_layer" if case.mxfp4 else "layer", layer_problem(*sizes), LayerRows(rows))
+            for rows, tiling in tried.items()
         },
         chosen=_name(chosen) if chosen else None,
         xla=xla(case),
         reference=functools.partial(reference, case.limit),
         # A last bit of bfloat16 in a hidden row may choose another FP8 code; it does so in few of them.
         judge=functools.partial(disagreement, relative=1e-2, elementwise=3e-2),
-        nbytes=round(hit * each) + 2 * 2 * case.tokens * case.d,
+        nbytes=round(hit * each * (17 / 32 if case.mxfp4 else 1)) + 2 * 2 * case.tokens * case.d,
         flops=2 * m * each,
         shape={"tokens": case.tokens, "top": case.top, "experts": case.experts, "d": case.d, "i": case.i},
     )
@@ -58,8 +67,9 @@ def _name(tiling: LayerTiling) -> str:
 def weights(case: LayerCase, key: jax.Array) -> tuple[Any, ...]:
     """w1, w3 [E, I, D] and w2 [E, D, I]."""
     of_up, of_down = jax.random.split(key)
+    made = mxfp4_weights_of if case.mxfp4 else weights_of
     up, down = (case.experts, case.i, case.d), (case.experts, case.d, case.i)
-    return *weights_of(up, 2, of_up), *weights_of(down, 1, of_down)
+    return *made(up, 2, of_up), *made(down, 1, of_down)
 
 
 def inputs(case: LayerCase, key: jax.Array) -> tuple[jax.Array, Routing]:

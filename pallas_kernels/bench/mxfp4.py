@@ -1,96 +1,89 @@
-"""Benchmarks of MXFP4 experts in decode: few FP8 rows an expert, weights read packed. No peer has such a kernel."""
+"""Benchmarks of MXFP4 experts: FP8 rows sorted by expert, weights read packed. No peer has such a kernel.
+
+Both kernels for them: the one that experts use, and block_matmul's, which adds every 32 columns apart.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench import grouped_matmul
 from pallas_kernels.bench.case import Bench, Choice
+from pallas_kernels.bench.grouped_matmul import Rows
+from pallas_kernels.bench.operands import mxfp4_weights_of
 from pallas_kernels.block_matmul.fp4_sm90 import few_rows
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.block_matmul.tilings import Problem
-from pallas_kernels.grouped_matmul.cases import EXPERTS, FLASH
+from pallas_kernels.grouped_matmul import tilings
+from pallas_kernels.grouped_matmul.cases import MXFP4_BENCH, GroupedCase
+from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
+from pallas_kernels.grouped_matmul.tiling import MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize
 
-TRIED = {
-    8: (FewRows(4, 5, 2, 208), FewRows(4, 5, 2, 160), FewRows(4, 10, 1, 208), FewRows(4, 2, 4, 104)),
-    16: (FewRows(4, 4, 2, 208), FewRows(4, 4, 2, 232)),
+APART = {  # of block_matmul's kernel, by rows of a block and weights
+    (8, 1): (FewRows(4, 5, 2, 208), FewRows(4, 5, 2, 160), FewRows(4, 2, 4, 104)),
+    (16, 1): (FewRows(4, 4, 2, 208), FewRows(4, 4, 2, 232)),
+    (8, 2): (FewRows(4, 3, 2, 208),),
 }
-CHECKED = 3  # experts whose rows are checked: the first ones
-
-
-class Mxfp4Case(NamedTuple):
-    """`rows` rows for each of `experts` experts [n, k], in blocks of `block`."""
-
-    name: str
-    rows: int
-    n: int
-    k: int
-    block: int
-    experts: int = EXPERTS
-
-
-BENCH = tuple(
-    Mxfp4Case(f"mxfp4 256x{rows} {name}", rows, n, k, block)
-    for rows, block in ((3, 8), (12, 16))
-    for name, (n, k) in FLASH.items()
-)
 
 
 def benches() -> Iterator[Bench]:
-    return map(bench, BENCH)
+    return map(bench, MXFP4_BENCH)
 
 
-def bench(case: Mxfp4Case) -> Bench:
-    m, weight = case.experts * case.rows, case.n * case.k
-    problem = Problem(m, case.n, case.k, experts=case.experts, rows=case.block)
+def bench(case: GroupedCase) -> Bench:
+    m, per_weight = case.hit * case.rows, case.n * case.k
+    ways = {str(tiling): (rows, tiling) for rows in case.blocks for tiling in _tilings(case, rows)}
     return Bench(
         op="grouped_matmul",
         name=case.name,
-        inputs=functools.partial(inputs, case),
-        shared=functools.partial(weights, case),
-        ours={str(tiling): functools.partial(run, case, tiling) for tiling in TRIED[case.block]},
-        choices={str(tiling): Choice("mxfp4", problem, tiling) for tiling in TRIED[case.block]},
+        inputs=functools.partial(grouped_matmul.inputs, case),
+        shared=functools.partial(mxfp4_weights_of, (case.experts, case.n, case.k), case.weights),
+        ours={name: functools.partial(run, *way) for name, way in ways.items()},
+        choices={
+            name: Choice(
+                "mxfp4" if isinstance(tiling, FewRows) else "mxfp4_experts",
+                Problem(m, case.n, case.k, case.weights, case.experts, rows),
+                tiling,
+            )
+            for name, (rows, tiling) in ways.items()
+        },
         xla={},
-        reference=functools.partial(reference, case),
-        part=lambda y: y.reshape(case.experts, case.block, -1)[:CHECKED, : case.rows],
-        nbytes=case.experts * (weight // 2 + weight // 32 + case.rows * (case.k + 2 * case.n)),
-        flops=2 * m * weight,
-        shape={"m": m, "n": case.n, "k": case.k, "experts": case.experts, "rows": case.rows},
+        reference=functools.partial(grouped_matmul.reference, case),
+        part=functools.partial(grouped_matmul.checked_rows, case),
+        nbytes=case.hit * (case.weights * per_weight * 17 // 32 + case.rows * (case.k + 2 * case.n)),
+        flops=2 * m * per_weight * case.weights,
+        shape=dict(zip(("m", "n", "k"), (m, case.n, case.k), strict=True))
+        | {"weights": case.weights, "experts": case.experts, "hit": case.hit, "rows": case.rows},
     )
 
 
-def inputs(case: Mxfp4Case, key: jax.Array) -> tuple[QuantTensor, jax.Array]:
-    """x [experts x block, k] with zeros behind an expert's rows, and its scales transposed."""
-    x = jax.random.normal(key, (case.experts, case.rows, case.k))
-    x = quantize(jnp.pad(x, ((0, 0), (0, case.block - case.rows), (0, 0))).reshape(-1, case.k), FP8_GROUP)
-    return x, scale_bytes(x.scale).T
+def _tilings(case: GroupedCase, rows: int) -> Iterator[FewRows | Mxfp4Rows]:
+    """The layer's first, then every cut with as many buffers as fit, then those of the other kernel."""
+    m = case.hit * case.rows
+    problem = Problem(m, case.n, case.k, case.weights, case.experts, rows)
+    if found := tilings.mxfp4_tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows):
+        yield found
+    for warpgroups in (1, 2, 4):
+        for blocks in STAGE_BLOCKS:
+            tried = (Mxfp4Rows(blocks, stages, warpgroups) for stages in range(MOST_STAGES, 1, -1))
+            yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
+    yield from APART.get((rows, case.weights), ())
 
 
-def weights(case: Mxfp4Case, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Packed codes uint8 [experts, n, k/2], every one as likely, and scales uint8 [experts, n, k/32]."""
-    of_codes, of_scales = jax.random.split(key)
-    words = jax.random.bits(of_codes, (case.experts, case.n, case.k // 8), jnp.uint32)
-    codes = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(case.experts, case.n, case.k // 2)
-    return codes, 115 + jax.random.bits(of_scales, (case.experts, case.n, case.k // 32), jnp.uint8) % 4
-
-
-def run(case: Mxfp4Case, tiling: FewRows, sets: tuple[Any, Any]) -> jax.Array:
-    (x, tokens_last), pair = sets
-    blocks = RowBlocks(jnp.arange(case.experts, dtype=jnp.int32), jnp.full(1, case.experts, jnp.int32))
-    how: dict[str, Any] = {"rows": case.block, "out_dtype": jnp.bfloat16, "row_blocks": blocks}
-    return few_rows(x.values, tokens_last, [pair], tiling, **how)
-
-
-def reference(case: Mxfp4Case, sets: tuple[Any, Any]) -> jax.Array:
-    (x, _), (codes, scales) = sets
-    rows = dequantize(x).reshape(case.experts, case.block, -1)[:CHECKED, : case.rows]
-    scale = jax.lax.bitcast_convert_type(scales[:CHECKED], jnp.float8_e8m0fnu)
-    dense = dequantize(QuantTensor(codes[:CHECKED], scale, MXFP4))
-    return jnp.einsum("erk,enk->ern", rows, dense, precision="highest")
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(rows: int, tiling: FewRows | Mxfp4Rows, sets: tuple[Rows, Any]) -> jax.Array:
+    made, weights = sets
+    pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
+    how: dict[str, Any] = {"rows": rows, "out_dtype": jnp.bfloat16, "row_blocks": made.blocks[rows]}
+    if len(weights) == 2:
+        how |= {"factors": made.factors[rows], "epilogue": functools.partial(grouped_matmul.gated, True)}
+    x, tokens_last = made.x[rows].values, made.tokens_last[rows]
+    if isinstance(tiling, FewRows):
+        return few_rows(x, tokens_last, pairs, tiling, **how)
+    return expert_rows(x, tokens_last, pairs, tiling, **how)

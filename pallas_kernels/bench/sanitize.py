@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import jax
 
-from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, mxfp4, quantize_rows
+from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, mxfp4, quantize_rows, weight_only
 from pallas_kernels.bench.case import Bench
 from pallas_kernels.block_matmul.cases import MatmulCase
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
@@ -23,10 +23,11 @@ MOST = 3  # tilings of a case
 
 def cases() -> Iterator[Bench]:
     yield from (block_matmul.bench(MatmulCase(f"m={m}", m, 512, 512)) for m in (3, 128, 512))
+    yield from (weight_only.bench(weight_only.WeightOnlyCase(f"weight-only m={m}", m, 256, 512, 2)) for m in (3, 130))
     yield grouped_matmul.bench(GroupedCase("few rows", 3, 512, 512, (8,), experts=3, hit=2))
     yield grouped_matmul.bench(GroupedCase("many rows", 130, 256, 512, (128,), 2, experts=3, hit=2))
     yield expert_layer.bench(LayerCase("layer", 5, 512, 512, 4, 2))
-    yield mxfp4.bench(mxfp4.Mxfp4Case("mxfp4", 3, 256, 512, 8, 3))
+    yield mxfp4.bench(GroupedCase("mxfp4", 3, 256, 512, (8,), experts=3, hit=3))
     yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -22,7 +24,13 @@ MATMUL = Op(
         reference_candidate(reference.matmul),
     ],
 )
-BLOCK_DIAGONAL = Op("block_diagonal_matmul", [reference_candidate(reference.block_diagonal_matmul)])
+BLOCK_DIAGONAL = Op(
+    "block_diagonal_matmul",
+    [
+        Candidate("sm90", sm90.block_diagonal_matmul, sm90.block_diagonal_unsupported_reason),
+        reference_candidate(reference.block_diagonal_matmul),
+    ],
+)
 
 
 @typed
@@ -32,14 +40,17 @@ def matmul(
     *,
     activations: QuantFormat | None = None,
     out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "*rows O"]:
     """x @ w.T, accumulated in float32, in `out_dtype` (default: x's). A quantised w is dequantised per call.
 
     activations: the format x is rounded to where w is quantised, None to leave it; tiles of one row. Where x has
-    fewer channels than a tile, a tile is the whole row.
+    fewer channels than a tile, a tile is the whole row. batch_invariant: the bits of a row depend on it and on w alone,
+    neither on the other rows nor on their number; implementations that cannot promise it refuse.
     """
-    return MATMUL(x, shown(x, w), activations=activations, out_dtype=out_dtype, implementation=implementation)
+    how: dict[str, Any] = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
+    return MATMUL(x, shown(x, w), **how, implementation=implementation)
 
 
 @typed
@@ -47,10 +58,11 @@ def block_diagonal_matmul(
     x: Float[Array, "*rows G I"],
     w: Float[Array, "GO I"] | QuantTensor | TreatedWeight | ObservedWeight,
     *,
+    batch_invariant: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "*rows GO"]:
     """Group g of x times rows g*O..(g+1)*O-1 of w, concatenated: the grouped output projection `wo_a`.
 
-    Its input is never quantised, in the released code and here.
+    Its input is never quantised, in the released code and here. batch_invariant: as in `matmul`.
     """
-    return BLOCK_DIAGONAL(x, shown(x, w), implementation=implementation)
+    return BLOCK_DIAGONAL(x, shown(x, w), batch_invariant=batch_invariant, implementation=implementation)

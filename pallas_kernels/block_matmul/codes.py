@@ -17,6 +17,8 @@ from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import TreatedWeight, quantize_input, treat
 from pallas_kernels.straight_through import straight_through
 
+ORDER = "XLA chooses by the number of rows in which order a row's products are added"
+
 
 def multiply(
     dot: Callable[[QuantTensor, QuantTensor], jax.Array],

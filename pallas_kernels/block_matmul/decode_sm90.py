@@ -11,7 +11,8 @@ Persistent thread blocks take `warpgroups` x 64 rows of every weight:
   then adds them, times the scales of weight block and token, to float32 sums in K order. Scales that do not vary along
   K multiply the finished sums instead. The epilogue makes one result of the sums of all weights.
 
-A token's sum is the same whatever other tokens are present: no split along K, no atomics.
+Where there are few tiles, the thread blocks of a cluster share out K (split_k.py). A token's sum is the same whatever
+other tokens are present: the tiling decides the order of its terms, and there are no atomics.
 Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latency. An H100 measured 2.88 TB/s, 86 %, for
 256 experts of 3 rows and [4096, 4096].
 """
@@ -32,17 +33,10 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import (
-    BLOCK,
-    COLUMNS,
-    WGMMA_ROWS,
-    RowBlocks,
-    produce,
-    scaled,
-    swizzled,
-)
+from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import FewRows
-from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.mosaic.scales import scale_product
 
 TOKENS = COLUMNS  # the layout of a vector with one element a token
@@ -86,13 +80,29 @@ def few_rows(
     (m, k), n = x.shape, weights[0][0].shape[-2]
     stages, warpgroups, blocks = tiling.stages, tiling.warpgroups, tiling.blocks
     rows_each, depth, count = WGMMA_ROWS * warpgroups, blocks * BLOCK, len(weights)
-    tiles, steps = n // rows_each, k // depth
+    tiles, steps = n // rows_each, k // depth // tiling.shares  # of a thread block
+    launched = clusters(tiling.shares, tiles * (m // rows))
+    shares = Shares(tiling.shares, count, WGMMA_ROWS, rows, warpgroups, launched)
     once = x_scale.ndim == 1  # scales multiply finished sums
-    assert (m % rows, rows % 8, n % rows_each, k % depth) == (0, 0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    assert (m % rows, rows % 8, n % rows_each, k % (depth * tiling.shares)) == (0, 0, 0, 0), (
+        f"{(m, rows, n, k)} in tiles of {tiling}"
+    )
 
-    def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
+    def kernel(
+        x_gmem,
+        x_scale_gmem,
+        w_gmems,
+        w_scale_gmems,
+        expert_gmem,
+        count_gmem,
+        factors_gmem,
+        y_gmem,
+        *exchanged,
+        **scratch,
+    ):
         x_smem, w_smem, y_smem, filled, free = (scratch[name] for name in ("x", "w", "y", "filled", "free"))
         warpgroup = lax.axis_index("warpgroup")
+        first_step = 0 if tiling.shares == 1 else lax.axis_index(AXIS) * steps
         row_block_count = m // rows if count_gmem is None else count_gmem[0]
         # Row blocks are the inner index: those that share a weight tile run together, and read it from the L2 cache.
         loop = {"grid": (tiles, row_block_count), "collective_axes": "sm", "init_carry": jnp.int32(0)}
@@ -104,7 +114,7 @@ def few_rows(
         def _produce():
             def copy(info, i, slot):
                 tile, block = info.index
-                rows_gmem, columns = pl.ds(tile * rows_each, rows_each), pl.ds(i * depth, depth)
+                rows_gmem, columns = pl.ds(tile * rows_each, rows_each), pl.ds((first_step + i) * depth, depth)
                 for j, w_gmem in enumerate(w_gmems):
                     source = of_expert(w_gmem, block).at[rows_gmem, columns]
                     plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
@@ -128,8 +138,9 @@ def few_rows(
                 def scales_of(i: Any) -> tuple[tuple[jax.Array, ...], ...]:
                     found = []
                     for b in range(0 if once else blocks):
-                        of_tokens = plgpu.load(x_scale_gmem.at[i * blocks + b, tokens], layout=TOKENS, optimized=False)
-                        of_weights = (gmem[row // BLOCK, i * blocks + b] for gmem in scales_gmem)
+                        block_of_k = (first_step + i) * blocks + b
+                        of_tokens = plgpu.load(x_scale_gmem.at[block_of_k, tokens], layout=TOKENS, optimized=False)
+                        of_weights = (gmem[row // BLOCK, block_of_k] for gmem in scales_gmem)
                         found.append(tuple(scale_product(of_tokens, scale) for scale in of_weights))
                     return tuple(found)
 
@@ -162,27 +173,39 @@ def few_rows(
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
                 _, sums = lax.fori_loop(0, steps, step, (scales_of(0), (zero,) * count))
-                if once:
-                    of_weights = (gmem.at[pl.ds(row, WGMMA_ROWS)] for gmem in scales_gmem)
-                    sums = [scaled(x, at, x_scale_gmem.at[tokens]) for x, at in zip(sums, of_weights, strict=True)]
-                of_tokens = None
-                if factors_gmem is not None:
-                    of_tokens = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
-                y = epilogue(*sums, of_tokens).astype(out_dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                y_smem.at[warpgroup].T[...] = y
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[tokens, pl.ds(row, WGMMA_ROWS)])
+
+                def finish(sums):
+                    if once:
+                        of_weights = (gmem.at[pl.ds(row, WGMMA_ROWS)] for gmem in scales_gmem)
+                        sums = [scaled(x, at, x_scale_gmem.at[tokens]) for x, at in zip(sums, of_weights, strict=True)]
+                    of_tokens = None
+                    if factors_gmem is not None:
+                        of_tokens = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
+                    y = epilogue(*sums, of_tokens).astype(out_dtype)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    y_smem.at[warpgroup].T[...] = y
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[tokens, pl.ds(row, WGMMA_ROWS)])
+
+                if tiling.shares == 1:
+                    finish(sums)
+                else:
+                    finisher = lax.rem(warpgroup, tiling.shares)
+                    shares.send(sums, finisher, exchanged, scratch)
+                    shares.sent(scratch)
+                    pl.when(lax.axis_index(AXIS) == finisher)(lambda: finish(shares.receive(exchanged, scratch)))
+                    shares.take(scratch)
                 return carry + steps
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     expert, real = (None, None) if row_blocks is None else row_blocks
-    return plgpu.kernel(
+    y, *_ = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(min(sm_count(), tiles * (m // rows)),),
+        out_type=(jax.ShapeDtypeStruct((m, n), out_dtype), *shares.outputs()),
+        grid=(launched,),
         grid_names=("sm",),
+        **shares.launch(),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
@@ -191,5 +214,7 @@ def few_rows(
             "y": plgpu.SMEM((warpgroups, rows, WGMMA_ROWS), out_dtype),
             "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            **shares.scratch(),
         },
     )(x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
+    return y

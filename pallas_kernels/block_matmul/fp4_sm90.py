@@ -35,7 +35,8 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.decode_sm90 import TOKENS
-from pallas_kernels.block_matmul.kernel_sm90 import BLOCK, WGMMA_ROWS, RowBlocks, produce, swizzled
+from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, produce, swizzled
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.mosaic import e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted

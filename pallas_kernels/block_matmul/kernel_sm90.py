@@ -12,7 +12,10 @@ their operands in the L2 cache. Three warpgroups:
 - two consumers share the tile, half its rows or half its columns each. For every K block a consumer issues one wgmma a
   64 rows into a fresh accumulator and adds it, times the two scales of the block, to float32 sums: tensor cores
   accumulate FP8 products in fewer bits than float32 has, so that no chain is longer than 128. With `in_turn` they issue
-  alternately, so that one adds while the tensor cores work for the other; left alone they fall into step.
+  alternately, so that one adds while the tensor cores work for the other; left alone they fall into step. A tile goes
+  out through two buffers a consumer, so that one is copied while the next is written.
+
+Where there are few tiles, the thread blocks of a cluster share out K instead (split_k.py).
 
 Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma; an H100 measured 1324 at M = N = K = 4096, 67 %. Before that comes shared
 memory: wgmmas of 64 x 128 read 96 of its 128 bytes a cycle, and copies write 48 more for tiles of 128 x 256.
@@ -36,16 +39,13 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import ManyRows
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.mosaic.scales import scale_product
 
-BLOCK = 128  # of K, and rows of a weight scale
-WGMMA_ROWS = 64
 CONSUMERS = 2
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 
 
 class RowBlocks(NamedTuple):
@@ -93,30 +93,47 @@ def many_rows(
     tile_m, tile_n, stages, blocks, cluster = tiling.tile_m, tiling.tile_n, tiling.stages, tiling.blocks, tiling.cluster
     by_rows = tiling.split == "rows"
     rows_each, columns_each = (tile_m // CONSUMERS, tile_n) if by_rows else (tile_m, tile_n // CONSUMERS)
-    parts, steps, (row_tiles, column_tiles) = rows_each // WGMMA_ROWS, k // BLOCK, (m // tile_m, n // tile_n)
+    parts, (row_tiles, column_tiles) = rows_each // WGMMA_ROWS, (m // tile_m, n // tile_n)
+    steps = k // BLOCK // tiling.shares  # of a thread block
     chunks = list(itertools.product(range(blocks), range(parts), range(count)))  # the wgmmas of one iteration
     along_rows = tiling.cluster_along == "rows"
     across = (cluster, 1) if along_rows else (1, cluster)  # tiles of a cluster
-    whole = (tile_m * across[0], tile_n * across[1], BLOCK * blocks)
+    whole = (tile_m * across[0], tile_n * across[1], BLOCK * blocks * tiling.shares)
+    columns_finished = columns_each // tiling.shares
+    columns_stored = columns_finished // 2  # at a time
+    launched = clusters(cluster * tiling.shares, row_tiles * column_tiles // cluster)
+    shares = Shares(tiling.shares, parts * count, WGMMA_ROWS, columns_finished, CONSUMERS, launched)
     assert (m % whole[0], n % whole[1], k % whole[2]) == (0, 0, 0), f"{(m, n, k)} in tiles of {tiling}"
     assert by_rows or count == 1, "the consumers of several weights share their columns"
+    assert cluster == 1 or tiling.shares == 1, "a cluster shares an operand or K"
     assert across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
     once = a_scale.ndim == 1  # scales multiply finished sums
     ahead = parts * count == 1
     assert len(chunks) % tiling.in_flight == 0, f"{len(chunks)} products in groups of {tiling.in_flight}"
 
-    def kernel(a_gmem, a_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
+    def kernel(
+        a_gmem,
+        a_scale_gmem,
+        w_gmems,
+        w_scale_gmems,
+        expert_gmem,
+        count_gmem,
+        factors_gmem,
+        y_gmem,
+        *exchanged,
+        **scratch,
+    ):
         a_smem, w_smem, y_smem, filled, free = (scratch[name] for name in ("a", "w", "y", "filled", "free"))
         warpgroup = lax.axis_index("warpgroup")
+        share = 0 if tiling.shares == 1 else lax.axis_index(AXIS)
+        first_block = share * steps
         real = None if count_gmem is None else count_gmem[0]
         grid = (row_tiles if real is None else real) // across[0], column_tiles // across[1]
         loop = {"grid": (grid[0] * grid[1],), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         def tile_of(info: plgpu.NDLoopInfo) -> tuple[jax.Array, jax.Array]:
-            if real is None:
-                row, column = plgpu.planar_snake(info.index[0], grid, 0 if tiling.rows_first else 1, tiling.width)
-            else:  # rows of one expert are neighbours: together they read a tile of its weights once
-                row, column = lax.rem(info.index[0], real), lax.div(info.index[0], real)
+            # Rows of one expert are neighbours: in one tile of the order they read its weights once.
+            row, column = plgpu.planar_snake(info.index[0], grid, 0 if tiling.rows_first else 1, tiling.width)
             of_cluster = 0 if cluster == 1 else lax.axis_index("block")
             return (row * cluster + of_cluster, column) if along_rows else (row, column * cluster + of_cluster)
 
@@ -133,7 +150,7 @@ def many_rows(
             def copy(info, i, slot):
                 row, column = tile_of(info)
                 rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * tile_n, tile_n)
-                block = pl.ds(i * BLOCK, BLOCK)
+                block = pl.ds((first_block + i) * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(
                     a_gmem.at[rows, block], a_smem.at[slot], filled.at[slot], collective_axes=shared_a
                 )
@@ -162,7 +179,7 @@ def many_rows(
                 def scales_of(i: Any) -> list[tuple[jax.Array, jax.Array]]:
                     found = []
                     for b, p, j in [] if once else chunks:
-                        block = jnp.minimum(i * blocks + b, steps - 1)
+                        block = first_block + jnp.minimum(i * blocks + b, steps - 1)
                         of_rows = plgpu.load(a_scale_gmem.at[rows_of[p], block], layout=ROWS, optimized=False)
                         found.append((of_rows, scales_gmem[j][column_gmem // BLOCK, block]))
                     return found
@@ -214,10 +231,17 @@ def many_rows(
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, columns_each), jnp.float32), plgpu.Layout.WGMMA)
                 first_scales = scales_of(0) if ahead else []
                 _, sums = lax.fori_loop(0, steps // blocks, step, (first_scales, (zero,) * (parts * count)))
+                column_gmem += share * columns_finished
+                if tiling.shares > 1:
+                    for to in range(tiling.shares):
+                        columns = slice(to * columns_finished, (to + 1) * columns_finished)
+                        shares.send([x[:, columns] for x in sums], to, exchanged, scratch)
+                    shares.sent(scratch)
+                    sums = shares.receive(exchanged, scratch)
                 for p, rows in enumerate(rows_of):
                     of_rows, of_part = None, sums[p * count : (p + 1) * count]
                     if once:
-                        columns = pl.ds(column_gmem, columns_each)
+                        columns = pl.ds(column_gmem, columns_finished)
                         of_part = [
                             scaled(x, a_scale_gmem.at[rows], gmem.at[columns])
                             for x, gmem in zip(of_part, scales_gmem, strict=True)
@@ -225,10 +249,14 @@ def many_rows(
                     if factors_gmem is not None:
                         of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
                     y = epilogue(*of_part, of_rows).astype(out_dtype)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    y_smem[warpgroup] = y
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[rows, pl.ds(column_gmem, columns_each)])
+                    for half in range(2):  # one is copied out while the next is written
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        y_smem[warpgroup, half] = y[:, half * columns_stored : (half + 1) * columns_stored]
+                        plgpu.commit_smem()
+                        columns = pl.ds(column_gmem + half * columns_stored, columns_stored)
+                        plgpu.copy_smem_to_gmem(y_smem.at[warpgroup, half], y_gmem.at[rows, columns])
+                if tiling.shares > 1:
+                    shares.take(scratch)
                 return carry + steps
 
             if tiling.in_turn:
@@ -236,62 +264,30 @@ def many_rows(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     expert, real = (None, None) if row_blocks is None else row_blocks
-    clusters: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
+    neighbours: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
     free: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
     if cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages)
-    return plgpu.kernel(
+    y, *_ = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((m, n), out_dtype),
-        grid=(max(1, min(sm_count(), row_tiles * column_tiles) // cluster),),
+        out_type=(jax.ShapeDtypeStruct((m, n), out_dtype), *shares.outputs()),
+        grid=(launched,),
         grid_names=("sm",),
-        **clusters,
+        **(neighbours | shares.launch()),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         scratch_types={
             "a": plgpu.SMEM((stages, tile_m, BLOCK), a.dtype, transforms=swizzled(1)),
             "w": plgpu.SMEM((stages, count, tile_n, BLOCK), weights[0][0].dtype, transforms=swizzled(1)),
             "y": plgpu.SMEM(
-                (CONSUMERS, WGMMA_ROWS, columns_each), out_dtype, transforms=swizzled(jnp.dtype(out_dtype).itemsize)
+                (CONSUMERS, 2, WGMMA_ROWS, columns_stored),
+                out_dtype,
+                transforms=swizzled(jnp.dtype(out_dtype).itemsize, columns_stored),
             ),
             "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             "free": free,
             **({"turn": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS)} if tiling.in_turn else {}),
+            **shares.scratch(),
         },
     )(a, a_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
-
-
-def produce(loop: dict[str, Any], steps: int, stages: int, free: Any, copy: Callable[..., None]) -> None:
-    """The producer's part: `copy(info, i, slot)` for every step i of every tile of `loop`, as buffers come free.
-
-    It ends when the buffers of the last steps are read: every phase of a barrier that completes is observed.
-    """
-    plgpu.set_max_registers(40, action="decrease")
-
-    @plgpu.nd_loop(**loop)
-    def total(info, carry):
-        @pl.loop(0, steps)
-        def _step(i):
-            slot = lax.rem(carry + i, stages)
-            pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            copy(info, i, slot)
-
-        return carry + steps
-
-    @pl.loop(0, stages)
-    def _wait(i):
-        step = total - stages + i
-        pl.when(step >= 0)(lambda: plgpu.barrier_wait(free.at[lax.rem(step, stages)]))
-
-
-def scaled(sums: jax.Array, of_rows_gmem: Any, of_columns_gmem: Any) -> jax.Array:
-    """sums [rows, columns] of an accumulator, times float32 scales [rows] and [columns] from device memory."""
-    for axis, (gmem, layout) in enumerate(((of_rows_gmem, ROWS), (of_columns_gmem, COLUMNS))):
-        scale = plgpu.load(gmem, layout=layout, optimized=False)
-        sums = sums * lax.broadcast_in_dim(scale, sums.shape, [axis])
-    return sums
-
-
-def swizzled(itemsize: int) -> tuple[Any, ...]:
-    """Shared-memory layout of a tile that wgmma or TMA reads: 128-byte swizzle over rows of 128 bytes."""
-    return plgpu.TilingTransform((8, 128 // itemsize)), plgpu.SwizzleTransform(128)
+    return y

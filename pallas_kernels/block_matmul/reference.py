@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +14,20 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.products import dequantized_after
 from pallas_kernels.quant.weights import TreatedWeight, treat
 
+ROWS = 64  # of a product where a row's bits are not to depend on the others
+
 
 def matmul(
-    x: jax.Array, w: Any, *, activations: QuantFormat | None = None, out_dtype: DTypeLike | None = None
+    x: jax.Array,
+    w: Any,
+    *,
+    activations: QuantFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
+    if batch_invariant:
+        how = {"activations": activations, "out_dtype": out_dtype}
+        return in_tiles(functools.partial(matmul, **how), x, w, axes=1)
     dtype = x.dtype
     x, weight, kept = treat(x, w, activations)
     exact = precision(dtype, out_dtype)
@@ -26,13 +38,29 @@ def matmul(
     return y.astype(out_dtype or dtype)
 
 
-def block_diagonal_matmul(x: jax.Array, w: Any) -> jax.Array:
+def block_diagonal_matmul(x: jax.Array, w: Any, *, batch_invariant: bool = False) -> jax.Array:
+    if batch_invariant:
+        return in_tiles(block_diagonal_matmul, x, w, axes=2)
     x, weight, kept = treat(x, w, None)
-    *rows, groups, _ = x.shape
-    y = _times_groups(*dequantized_after(x, weight, x.dtype))
+    *rows, _, _ = x.shape
+    y = times_groups(*dequantized_after(x, weight, x.dtype))
     if kept is not None:
-        y = y + _times_groups(kept, w.columns.astype(x.dtype))
+        y = y + times_groups(kept, w.columns.astype(x.dtype))
     return y.astype(x.dtype).reshape(*rows, -1)
+
+
+def in_tiles(run: Callable[[jax.Array, Any], jax.Array], x: jax.Array, w: Any, *, axes: int) -> jax.Array:
+    """run(x, w) as one program for ROWS rows at a time, whatever their number; the last `axes` of x are no rows.
+
+    XLA chooses by the size of a product how it adds: these have always the same. Where in a tile a row is does not
+    matter.
+    """
+    rows, row = x.shape[:-axes], x.shape[-axes:]
+    x = x.reshape(-1, *row)
+    tiles = max(2, -(-x.shape[0] // ROWS))  # a loop of one would be no loop, and become a part of what is around it
+    padded = jnp.pad(x, ((0, tiles * ROWS - x.shape[0]), *((0, 0) for _ in row))).reshape(tiles, ROWS, *row)
+    y = jax.lax.map(lambda tile: run(*jax.lax.optimization_barrier((tile, w))), padded)
+    return y.reshape(tiles * ROWS, -1)[: x.shape[0]].reshape(*rows, -1)
 
 
 def precision(dtype: DTypeLike, out_dtype: DTypeLike | None) -> str | None:
@@ -46,6 +74,7 @@ def times(x: jax.Array, w: jax.Array, precision: str | None) -> jax.Array:
     return jax.lax.dot_general(x, w, contract_last, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _times_groups(x: jax.Array, w: jax.Array) -> jax.Array:
+def times_groups(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., G, I] times the groups of rows of w [G O, I], in float32 [..., G, O]."""
     weight = w.reshape(x.shape[-2], -1, x.shape[-1])
     return jnp.einsum("...gi,goi->...go", x, weight, preferred_element_type=jnp.float32)

@@ -11,16 +11,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.codes import multiply
+from pallas_kernels.block_matmul.codes import ORDER, multiply
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.products import asked_of_dot, one_scale_unsupported_reason, operands_unsupported_reason
 from pallas_kernels.quant.tensor import QuantTensor
 
 
 def unsupported_reason(
-    x: jax.Array, w: Any, *, activations: QuantFormat | None = None, out_dtype: DTypeLike | None = None
+    x: jax.Array,
+    w: Any,
+    *,
+    activations: QuantFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
 ) -> str | None:
     del out_dtype
+    if batch_invariant:
+        return ORDER
     if reason := operands_unsupported_reason(w, activations):
         return reason
     assert activations is not None
@@ -28,8 +35,14 @@ def unsupported_reason(
 
 
 def matmul(
-    x: jax.Array, w: Any, *, activations: QuantFormat | None = None, out_dtype: DTypeLike | None = None
+    x: jax.Array,
+    w: Any,
+    *,
+    activations: QuantFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
+    assert not batch_invariant, "unsupported_reason refuses it"
     return multiply(_dot, x, w, activations, out_dtype)
 
 

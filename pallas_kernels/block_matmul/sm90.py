@@ -1,4 +1,4 @@
-"""The Hopper kernels as an implementation of `block_matmul`: which calls they take, padding, and which one runs."""
+"""The Hopper kernels as implementations of the dense matmuls: which calls they take, padding, and which one runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels import device
-from pallas_kernels.block_matmul import reference, tilings
+from pallas_kernels.block_matmul import reference, tilings, weight_only
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.block_matmul.weight_only import ONCE
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
@@ -24,24 +25,61 @@ from pallas_kernels.straight_through import straight_through
 CAPABILITY = (9, 0)  # wgmma is Hopper's alone
 NO_HOPPER = "is no Hopper GPU (compute capability 9.0)"
 BLOCK = 128
-ONCE = ((1, None), (None, None))  # tiles whose scales do not vary along K: they multiply finished sums
+TREATED = "the input is rotated or has channels in 16 bits: XLA may add in another order where there are other rows"
 DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def unsupported_reason(
-    x: jax.Array, w: Any, *, activations: QuantFormat | None = None, out_dtype: DTypeLike | None = None
+    x: jax.Array,
+    w: Any,
+    *,
+    activations: QuantFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
 ) -> str | None:
-    if reason := device_reason() or codes_reason(w, activations, x.shape[-1]):
+    if reason := device_reason():
+        return reason
+    by_codes = activations is not None
+    if reason := codes_reason(w, activations, x.shape[-1]) if by_codes else weight_only.operands_reason(x, w):
         return reason
     out = jnp.dtype(out_dtype or x.dtype)
-    if out not in DTYPES:
-        return f"results in {out}: it writes bfloat16 and float32"
-    n, rows = stored(w).shape[0], x.size // x.shape[-1]
-    if rows == 0:
-        return "there are no rows"
-    if _tiling(rows, n, x.shape[-1], out) is None:
+    if reason := results_reason(x, out) or (treated_reason(w) if batch_invariant else None):
+        return reason
+    (n, k), rows = stored(w).shape, x.size // x.shape[-1]
+    how = {"batch_invariant": batch_invariant}
+    if by_codes and _tiling(rows, n, k, out, **how) is None:
         return f"no tiling fits weights of {n} rows: a multiple of 64"
+    if not by_codes and weight_only.tiling(rows, stored(w), out, **how) is None:
+        return no_weight_only_tiling(n, k)
     return None
+
+
+def block_diagonal_unsupported_reason(x: jax.Array, w: Any, *, batch_invariant: bool = False) -> str | None:
+    if reason := device_reason() or weight_only.operands_reason(x, w) or results_reason(x, x.dtype):
+        return reason
+    if batch_invariant and (reason := treated_reason(w)):
+        return reason
+    groups, (n, k) = x.shape[-2], stored(w).shape
+    how = {"batch_invariant": batch_invariant}
+    if weight_only.tiling(x.size // (groups * k), stored(w), x.dtype, groups, **how) is None:
+        return no_weight_only_tiling(n // groups, k)
+    return None
+
+
+def results_reason(x: jax.Array, out_dtype: DTypeLike) -> str | None:
+    """Why these rows have no results that the kernels write."""
+    if out_dtype not in DTYPES:
+        return f"results in {out_dtype}: it writes bfloat16 and float32"
+    return "there are no rows" if x.size == 0 else None
+
+
+def treated_reason(w: Any) -> str | None:
+    """Why a row's bits may depend on the others although the kernels' do not."""
+    return TREATED if isinstance(w, TreatedWeight) and (w.channels is not None or w.rotated) else None
+
+
+def no_weight_only_tiling(n: int, k: int) -> str:
+    return f"no tiling fits weights [{n}, {k}]: multiples of 64, of 128 along K with float32 scales of blocks"
 
 
 def device_reason() -> str | None:
@@ -86,20 +124,32 @@ def codes_reason(w: Any, activations: QuantFormat | None, k: int) -> str | None:
 
 
 def matmul(
-    x: jax.Array, w: Any, *, activations: QuantFormat | None = None, out_dtype: DTypeLike | None = None
+    x: jax.Array,
+    w: Any,
+    *,
+    activations: QuantFormat | None = None,
+    out_dtype: DTypeLike | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """x @ w.T in `out_dtype` (default: x's); the gradient to x is that of the reference with x unrounded."""
     smooth = functools.partial(reference.matmul, out_dtype=out_dtype)
-    return straight_through(functools.partial(_matmul, activations=activations, out_dtype=out_dtype), smooth)(x, w)
+    how = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
+    return straight_through(functools.partial(_matmul, **how), smooth)(x, w)
 
 
-def _matmul(x: jax.Array, w: Any, *, activations: QuantFormat | None, out_dtype: DTypeLike | None) -> jax.Array:
-    assert activations is not None, "unsupported_reason refuses inputs that stay unrounded"
+def _matmul(
+    x: jax.Array, w: Any, *, activations: QuantFormat | None, out_dtype: DTypeLike | None, batch_invariant: bool
+) -> jax.Array:
     treated, weight, kept = treat(x, w, None)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     # 16-bit channels are added to float32 sums.
-    codes = quantize_input(treated, activations, static_scale(w))
-    y = product(codes, weight, out_dtype if kept is None else jnp.float32)
+    result = out_dtype if kept is None else jnp.float32
+    if activations is None:
+        rows = treated.reshape(-1, treated.shape[-1])
+        y = weight_only.product(rows, weight, result, batch_invariant=batch_invariant)
+    else:
+        codes = quantize_input(treated, activations, static_scale(w))
+        y = product(codes, weight, result, batch_invariant=batch_invariant)
     y = y.reshape(*x.shape[:-1], -1)
     if kept is not None:
         assert isinstance(w, TreatedWeight)
@@ -107,12 +157,31 @@ def _matmul(x: jax.Array, w: Any, *, activations: QuantFormat | None, out_dtype:
     return y.astype(out_dtype)
 
 
-def product(x: QuantTensor, w: QuantTensor, out_dtype: DTypeLike) -> jax.Array:
+def block_diagonal_matmul(x: jax.Array, w: Any, *, batch_invariant: bool = False) -> jax.Array:
+    """Group g of x [*rows, G, I] times its rows of w [G O, I], in x's dtype; the gradient is that of the reference."""
+    run = functools.partial(_block_diagonal_matmul, batch_invariant=batch_invariant)
+    return straight_through(run, reference.block_diagonal_matmul)(x, w)
+
+
+def _block_diagonal_matmul(x: jax.Array, w: Any, *, batch_invariant: bool) -> jax.Array:
+    treated, weight, kept = treat(x, w, None)
+    *rows, groups, columns = x.shape
+    result = x.dtype if kept is None else jnp.float32
+    y = weight_only.product(
+        treated.reshape(-1, groups * columns), weight, result, groups, batch_invariant=batch_invariant
+    )
+    if kept is not None:
+        assert isinstance(w, TreatedWeight)
+        y = y + reference.times_groups(kept, w.columns.astype(x.dtype)).reshape(y.shape)
+    return y.astype(x.dtype).reshape(*rows, -1)
+
+
+def product(x: QuantTensor, w: QuantTensor, out_dtype: DTypeLike, *, batch_invariant: bool = False) -> jax.Array:
     """[m, n] of the codes x [m, k] and w [n, k], by the kernel and tiling that measured fastest near this shape."""
     from pallas_kernels.block_matmul import decode_sm90, kernel_sm90  # Pallas is slow to import
 
     (m, k), n = x.shape, w.shape[0]
-    tiling = _tiling(m, n, k, out_dtype)
+    tiling = _tiling(m, n, k, out_dtype, batch_invariant=batch_invariant)
     assert tiling is not None, "unsupported_reason refuses what no tiling fits"
     few, behind = isinstance(tiling, FewRows), tilings.padded_rows(m, tiling) - m
     if w.format.tile in ONCE:
@@ -129,13 +198,13 @@ def product(x: QuantTensor, w: QuantTensor, out_dtype: DTypeLike) -> jax.Array:
     return multiply(codes, scale, w.values, w_scale, tiling, out_dtype)[:m]
 
 
-def _tiling(m: int, n: int, k: int, out_dtype: DTypeLike) -> FewRows | ManyRows | None:
+def _tiling(m: int, n: int, k: int, out_dtype: DTypeLike, *, batch_invariant: bool) -> FewRows | ManyRows | None:
     """As measured, with bfloat16 results; for float32 ones, which are not for speed, one that always fits.
 
     The kernel for few rows writes no float32 on a GPU, and tiles of float32 on their way out take as much more shared
     memory as one buffer less leaves.
     """
     if out_dtype != jnp.float32:
-        return tilings.dense_tiling(m, n, k)
+        return tilings.dense_tiling(m, n, k, batch_invariant=batch_invariant)
     tiling = tilings.default_many_rows(tilings.Problem(m, n, k))
     return tiling and dataclasses.replace(tiling, stages=tiling.stages - 1)

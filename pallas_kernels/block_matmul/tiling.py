@@ -24,7 +24,8 @@ class ManyRows:
     Consecutive tiles run along rows of `width` tiles (`rows_first`) or columns, so that their operands meet in the L2.
     blocks: of K an iteration takes; in_flight: products it issues before it adds the first, which must divide all that
     it makes. cluster: thread blocks that are neighbours along rows and share the weights' tile, or along columns and
-    share the input's. in_turn: the consumers issue alternately.
+    share the input's. in_turn: the consumers issue alternately. shares: thread blocks, a cluster too, that split
+    K of a tile.
     """
 
     tile_m: int = 128
@@ -38,16 +39,21 @@ class ManyRows:
     cluster: int = 1
     cluster_along: Literal["rows", "columns"] = "rows"
     in_turn: bool = False
+    shares: int = 1
 
 
 @dataclass(frozen=True)
 class FewRows:
-    """Of decode_sm90: K blocks a stage, buffers, and consumers of 64 weight rows each."""
+    """Of decode_sm90: K blocks a stage, buffers, and consumers of 64 weight rows each.
+
+    shares: thread blocks, a cluster, that share out K of one tile.
+    """
 
     blocks: int = 4
     stages: int = 5
     warpgroups: int = 1
     registers: int = 160
+    shares: int = 1
 
     def __post_init__(self) -> None:
         asked = self.warpgroups * self.registers + PRODUCER_REGISTERS

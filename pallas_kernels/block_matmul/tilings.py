@@ -12,59 +12,25 @@ import json
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, MOST_SHARES, SHARED_BYTES, WGMMA_ROWS, Problem
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly, weight_only_reason, weight_only_tilings
 from pallas_kernels.mosaic.launch import H100_SMS
 
 TABLE = Path(__file__).with_name("tiling_h100.json")
-KINDS: dict[str, type] = {"few_rows": FewRows, "many_rows": ManyRows}
+DENSE: dict[str, type] = {"few_rows": FewRows, "many_rows": ManyRows}  # of FP8 products
+KINDS = DENSE | {"weight_only": WeightOnly}
 FEW = 32  # rows up to which the kernel for few of them is taken where nothing was measured
-BLOCK, WGMMA_ROWS, CONSUMERS = 128, 64, 2
-SHARED_BYTES = 232_448 - 1024  # of a thread block on Hopper, less what barriers and alignment may take
+CONSUMERS = 2
 ACCUMULATOR_REGISTERS = 96  # of a thread, for what is worth a try: the rest holds addresses and scales
-MOST_COLUMNS = 256  # of one wgmma
+LEAST_FINISHED = 32  # columns that a consumer stores: two swizzled tiles of at least 32 bytes a row
 
 
 class TableError(ValueError):
     """A table of tilings that cannot be read; names the file and the key."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """m rows times `weights` matrices [n, k] that share them, for each of `experts`.
-
-    m counts the real rows of all experts. rows: of a block that belongs to one expert; 0 where rows are not in blocks,
-    or, asked of kernel_sm90, where its tile may decide.
-    """
-
-    m: int
-    n: int
-    k: int
-    weights: int = 1
-    experts: int = 1
-    rows: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"rows": 0}
-        if bad := {name: size for name, size in vars(self).items() if size < least.get(name, 1)}:
-            raise ValueError(f"sizes {bad}: at least 1 each, rows 0")
-
-    def __str__(self) -> str:
-        plain = {"weights": 1, "experts": 1, "rows": 0}
-        return " ".join(f"{name}={size}" for name, size in vars(self).items() if size != plain.get(name))
-
-    @classmethod
-    def parse(cls, text: str) -> Problem:
-        """The problem that `text` is the str of. Raises ValueError."""
-        sizes = dict(part.split("=") for part in text.split())
-        if unknown := sizes.keys() - {field.name for field in dataclasses.fields(cls)}:
-            raise ValueError(f"unknown sizes {', '.join(sorted(unknown))}")
-        if missing := {"m", "n", "k"} - sizes.keys():
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
-        return cls(**{name: int(size) for name, size in sizes.items()})
 
 
 class Entry(NamedTuple):
@@ -98,15 +64,46 @@ def many_rows_tiling(m: int, n: int, k: int, weights: int = 1, *, table: Path = 
     return entry.tiling if entry else default_many_rows(problem)
 
 
-def dense_tiling(m: int, n: int, k: int, table: Path = TABLE) -> FewRows | ManyRows | None:
-    """Of whichever kernel the nearest measurement says is faster; None where neither fits."""
+def dense_tiling(
+    m: int, n: int, k: int, table: Path = TABLE, *, batch_invariant: bool = False
+) -> FewRows | ManyRows | None:
+    """Of whichever kernel the nearest measurement says is faster; None where neither fits.
+
+    batch_invariant: of those alone that add a row's products in one order whatever m is, see `in_one_order`.
+    """
     problem = Problem(m, n, k)
-    entries = [entry for kind in KINDS for entry in load(table).get(kind, ())]
-    entry = choose(entries, problem, lambda t: reason(t, problem) is None)
+    entries = [entry for kind in DENSE for entry in load(table).get(kind, ())]
+    entry = choose(entries, problem, lambda t: reason(t, problem) is None and (not batch_invariant or in_one_order(t)))
     if entry:
         return entry.tiling
     few = default_few_rows(problem) if m <= FEW else None
     return few or default_many_rows(problem)
+
+
+def weight_only_tiling(
+    problem: Problem, table: Path = TABLE, *, batch_invariant: bool = False, **how: Any
+) -> WeightOnly | None:
+    """Of weight_only_sm90, as measured nearby or by its model of time; None where none fits.
+
+    problem: its experts are groups of columns of x, each with rows of the weight of its own. how: what
+    `weight_only_reason` takes.
+    """
+
+    def fits(tiling: WeightOnly) -> bool:
+        return weight_only_reason(tiling, problem, **how) is None and (not batch_invariant or in_one_order(tiling))
+
+    entry = choose(load(table).get("weight_only", ()), problem, fits)
+    return entry.tiling if entry else next(iter(weight_only_tilings(problem, fits, how.get("out_bytes", 2))), None)
+
+
+def in_one_order(tiling: FewRows | ManyRows | WeightOnly) -> bool:
+    """Whether the bits of a result are those of every other tiling of its product for which this is true.
+
+    The kernels add the products of a K block of 128, times its scale, block after block. Those that share out K among
+    thread blocks add what these found at the end, in another order. Transposing changes no bit: both kernels of FP8
+    products multiply the same pairs.
+    """
+    return tiling.shares == 1
 
 
 def choose(entries: Iterable[Entry], problem: Problem, fits: Callable[[Any], bool]) -> Entry | None:
@@ -131,6 +128,8 @@ def _distance(measured: Problem, wanted: Problem) -> tuple[bool, float]:
 
 def reason(tiling: Any, problem: Problem) -> str | None:
     """Why the kernel of `tiling` cannot run the problem with it; None if it can."""
+    if isinstance(tiling, WeightOnly):
+        return weight_only_reason(tiling, problem)
     if isinstance(tiling, FewRows):
         return few_rows_reason(tiling, problem)
     return many_rows_reason(tiling, problem)
@@ -141,8 +140,12 @@ def few_rows_reason(tiling: FewRows, problem: Problem) -> str | None:
     rows, each, depth = _few_rows(problem), WGMMA_ROWS * tiling.warpgroups, BLOCK * tiling.blocks
     stage = depth * (each * problem.weights + rows)
     shared = tiling.stages * stage + each * rows * 2
-    if problem.n % each or problem.k % depth:
-        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {depth}]"
+    if tiling.shares > 1:
+        shared += tiling.shares * problem.weights * each * rows * 4
+    if problem.n % each or problem.k % (depth * tiling.shares):
+        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {depth * tiling.shares}]"
+    if tiling.shares > MOST_SHARES:
+        return f"a cluster of {tiling.shares}: at most {MOST_SHARES}"
     if rows % 8 or rows > MOST_COLUMNS:
         return f"{rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
     if shared > SHARED_BYTES:
@@ -157,15 +160,20 @@ def many_rows_reason(tiling: ManyRows, problem: Problem) -> str | None:
     down, across = (tiling.cluster, 1) if tiling.cluster_along == "rows" else (1, tiling.cluster)
     products = tiling.blocks * (rows // WGMMA_ROWS) * problem.weights
     shared = tiling.stages * BLOCK * (tiling.tile_m + tiling.tile_n * problem.weights)
-    shared += CONSUMERS * WGMMA_ROWS * columns * 2
-    if problem.n % (tiling.tile_n * across) or problem.k % (BLOCK * tiling.blocks):
-        return f"weights [{problem.n}, {problem.k}] in tiles [{tiling.tile_n * across}, {BLOCK * tiling.blocks}]"
+    shared += CONSUMERS * WGMMA_ROWS * columns // tiling.shares * 2
+    if tiling.shares > 1:
+        shared += tiling.tile_m * tiling.tile_n * problem.weights * 4
+    depth = BLOCK * tiling.blocks * tiling.shares
+    if problem.n % (tiling.tile_n * across) or problem.k % depth:
+        return f"weights [{problem.n}, {problem.k}] in tiles [{tiling.tile_n * across}, {depth}]"
     if problem.rows not in (0, tiling.tile_m):
         return f"blocks of {problem.rows} rows, tiles of {tiling.tile_m}"
     if down > 1 and (in_blocks or -(-problem.m // tiling.tile_m) % down):
         return f"{problem.m} rows are no whole clusters of {down} tiles, or in blocks of an expert each"
     if rows % WGMMA_ROWS or BLOCK % columns or columns % WGMMA_ROWS:
         return f"{rows} x {columns} for each consumer: rows of 64, columns 64 or 128"
+    if tiling.shares > 1 and (tiling.cluster > 1 or columns < LEAST_FINISHED * tiling.shares):
+        return f"{tiling.shares} shares: no other cluster, and {LEAST_FINISHED} columns or more for each to finish"
     if problem.weights > 1 and not by_rows:
         return "the consumers of several weights share their columns"
     if products % tiling.in_flight or tiling.stages < tiling.blocks:

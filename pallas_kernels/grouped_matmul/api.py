@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Candidate, Op
@@ -33,13 +35,16 @@ def experts(
     *,
     limit: float,
     activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "N D"]:
     """Every token's sum of w2 (routing weight * swiglu(w1 x, w3 x)) over its k experts, added in float32, in x's dtype.
 
     The routing weight multiplies before the second projection, so that a kernel can quantise its result. limit: of the
-    SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights.
+    SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights. batch_invariant: the bits
+    of a token depend neither on the others nor on their number; implementations that cannot promise it refuse.
     """
     # What w2 sees exists only within the layer: the reference shows it.
     w1, w3 = shown(x, w1), shown(x, w3)
-    return EXPERTS(x, w1, w3, w2, routing, limit=limit, activations=activations, implementation=implementation)
+    how: dict[str, Any] = {"limit": limit, "activations": activations, "batch_invariant": batch_invariant}
+    return EXPERTS(x, w1, w3, w2, routing, **how, implementation=implementation)

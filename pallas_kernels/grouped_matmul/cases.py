@@ -24,7 +24,7 @@ class GroupedCase(NamedTuple):
 
 
 class LayerCase(NamedTuple):
-    """`tokens`, each routed to `top` of `experts` experts [i, d], [i, d] and [d, i]."""
+    """`tokens`, each routed to `top` of `experts` experts [i, d], [i, d] and [d, i]: FP8, or MXFP4."""
 
     name: str
     tokens: int
@@ -33,6 +33,7 @@ class LayerCase(NamedTuple):
     experts: int
     top: int
     limit: float = 10.0
+    mxfp4: bool = False
 
 
 # V4-Flash: gate and up as one matrix, and down: name -> (n, k).
@@ -60,8 +61,25 @@ PARTS = tuple(
     for tokens, (hit, rows, blocks) in BALANCED.items()
     for name, n, k, weights in (("swiglu", I, D, 2), ("down", D, I, 1))
 )
-LAYERS = tuple(LayerCase(f"layer {tokens} whole", tokens, D, I, EXPERTS, TOP) for tokens in (1, 16, 128, 4096))
+# The same in MXFP4, whose kernel is one for any number of rows.
+MXFP4_DECODE = tuple(
+    GroupedCase(f"mxfp4 256x{rows} {name}", rows, n, k, (block,))
+    for rows, block in ((3, 8), (12, 16))
+    for name, (n, k) in FLASH.items()
+)
+MXFP4_PARTS = tuple(
+    GroupedCase(f"mxfp4 layer {tokens} {name}", rows, n, k, blocks, weights, hit=hit)
+    for tokens, (hit, rows, _) in BALANCED.items()
+    for blocks in ([(8,)] if rows <= 8 else [(112,)])
+    for name, n, k, weights in (("swiglu", I, D, 2), ("down", D, I, 1))
+)
+LAYERS = tuple(
+    LayerCase(f"{name} {tokens} whole", tokens, D, I, EXPERTS, TOP, mxfp4=mxfp4)
+    for name, mxfp4 in (("layer", False), ("mxfp4 layer", True))
+    for tokens in BALANCED
+)
 BENCH = DECODE + PREFILL + PARTS
+MXFP4_BENCH = MXFP4_DECODE + MXFP4_PARTS
 
 # Of the model that is shipped. Its experts are 64 wide, half a scale block: no kernel takes its second product.
 SHIPPED = (

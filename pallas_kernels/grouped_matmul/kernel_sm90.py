@@ -1,9 +1,10 @@
-"""A whole layer of FP8 experts on Hopper: gather, gate and up with SwiGLU, re-quantise, down, combine.
+"""A whole layer of FP8 or MXFP4 experts on Hopper: gather, gate and up with SwiGLU, re-quantise, down, combine.
 
 Rows are laid out in blocks of one expert each, padded to whole blocks, so that a block reads one expert's weights,
-writes where no other does, and no expert that was not hit is read. Few rows a block run on block_matmul's decode
-kernel, many on its tiled one. The routing weight multiplies before the second projection, whose input is rounded to
-1x128 FP8 again; its rows are summed per token in float32, in the order of the token's experts.
+writes where no other does, and no expert that was not hit is read. Of FP8 weights, few rows a block run on
+block_matmul's decode kernel, many on its tiled one; of MXFP4 weights, all on fp4_sm90.py. The routing weight multiplies
+before the second projection, whose input is rounded to 1x128 FP8 again; its rows are summed per token in float32, in
+the order of the token's experts.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import jax.numpy as jnp
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
 from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.formats import FP8_GROUP, QuantFormat
+from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
+from pallas_kernels.grouped_matmul.layer import summed
+from pallas_kernels.grouped_matmul.tiling import Mxfp4Rows
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FP8_GROUP, QuantTensor, quantize
+from pallas_kernels.quant import QuantTensor, quantize
 from pallas_kernels.router import Routing
 
 
@@ -43,21 +48,21 @@ def experts(
     *,
     limit: float,
     rows: int,
-    gate_up: FewRows | ManyRows,
-    down: FewRows | ManyRows,
+    gate_up: FewRows | ManyRows | Mxfp4Rows,
+    down: FewRows | ManyRows | Mxfp4Rows,
+    activations: QuantFormat = FP8_GROUP,
 ) -> jax.Array:
     """Sum over its experts of weight * expert(token), [N, D] in x's dtype, for tokens x [N, D].
 
-    w1, w3 [E, I, D] and w2 [E, D, I]: E4M3 in 128x128 blocks. rows: of a block, which is tile_m of a ManyRows tiling.
-    limit: of the SwiGLU clamp, 0 for none.
+    w1, w3 [E, I, D] and w2 [E, D, I]: E4M3 in 128x128 blocks, or MXFP4 and tilings for it. rows: of a block, which is
+    tile_m of a ManyRows tiling. limit: of the SwiGLU clamp, 0 for none. activations: E4M3 in 1x128 groups, with scales
+    of the type of FP8 weights' ones.
     """
     blocks = lay_out(routing, rows)
-    codes = quantize(x, FP8_GROUP)
+    codes = quantize(x, activations)
     # Row N is padding: zeros, whose products are zeros.
-    padded = QuantTensor(
-        jnp.pad(codes.values, ((0, 1), (0, 0))), jnp.pad(scale_bytes(codes.scale), ((0, 1), (0, 0))), FP8_GROUP
-    )
-    gathered = padded.values[blocks.token], padded.scale[blocks.token]
+    values, scale = (jnp.pad(part, ((0, 1), (0, 0))) for part in (codes.values, scale_bytes(codes.scale)))
+    gathered = values[blocks.token], scale[blocks.token]
 
     def activate(gate, up, factor):
         if limit:
@@ -67,9 +72,9 @@ def experts(
         return hidden * jax.lax.broadcast_in_dim(factor, hidden.shape, across)
 
     hidden = _multiply(*gathered, (w1, w3), gate_up, rows, x.dtype, blocks, epilogue=activate)
-    again = quantize(hidden, FP8_GROUP)
+    again = quantize(hidden, activations)
     out = _multiply(again.values, scale_bytes(again.scale), (w2,), down, rows, x.dtype, blocks)
-    return jnp.sum(out[blocks.place].astype(jnp.float32), axis=1).astype(x.dtype)
+    return summed(out[blocks.place]).astype(x.dtype)
 
 
 def lay_out(routing: Routing, rows: int) -> Blocks:
@@ -95,6 +100,8 @@ def _multiply(values, scale, weights, tiling, rows, out_dtype, blocks: Blocks, e
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}
     if epilogue is not None:
         how |= {"epilogue": epilogue, "factors": blocks.factors}
+    if isinstance(tiling, Mxfp4Rows):
+        return expert_rows(values, scale.T, pairs, tiling, rows=rows, **how)
     if isinstance(tiling, FewRows):
         return few_rows(values, scale.T, pairs, tiling, rows=rows, **how)
     assert tiling.tile_m == rows, f"a block of {rows} rows is a tile of {tiling}"

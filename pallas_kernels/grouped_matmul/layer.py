@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,12 @@ def down(product: Product, hidden: jax.Array, w2: Any, routing: Routing, activat
     # Back to token order by a gather: a scatter-add would sum in an order that depends on the other tokens.
     rows = jnp.arange(tokens * k, dtype=routing.order.dtype)
     place = jnp.zeros_like(routing.order).at[routing.order].set(rows)
-    return jnp.sum(out[place].reshape(tokens, k, -1).astype(jnp.float32), axis=1).astype(hidden.dtype)
+    return summed(out[place].reshape(tokens, k, -1)).astype(hidden.dtype)
+
+
+def summed(of_choices: jax.Array) -> jax.Array:
+    """float32 [N, D], the choices of tokens [N, k, D] added in their order: a reduction has none of its own."""
+    return functools.reduce(jnp.add, (of_choices[:, i].astype(jnp.float32) for i in range(of_choices.shape[1])))
 
 
 def expert_of_row(counts: jax.Array, rows: int) -> jax.Array:

@@ -32,6 +32,19 @@ def grouped_matmul(x: jax.Array, w: Any, counts: jax.Array, activations: QuantFo
     return y.astype(x.dtype)
 
 
+def row_by_row(x: jax.Array, w: Any, counts: jax.Array, activations: QuantFormat | None = None) -> jax.Array:
+    """`grouped_matmul` by one program for every row, however many there are: XLA chooses by that how it adds."""
+    rows, experts = x.shape[0], counts.shape[0]
+    expert = layer.expert_of_row(counts, rows)
+    more = max(0, 2 - rows)  # a loop of one would be no loop, and become a part of what is around it
+
+    def of_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        of_x, chosen = jax.lax.optimization_barrier(row)
+        return grouped_matmul(of_x[None], w, jnp.zeros(experts, counts.dtype).at[chosen].set(1), activations)[0]
+
+    return jax.lax.map(of_row, (jnp.pad(x, ((0, more), (0, 0))), jnp.pad(expert, (0, more))))[:rows]
+
+
 def times(x: jax.Array, w: Any, counts: jax.Array) -> jax.Array:
     """float32 [N, O], for a weight that is an array or a QuantTensor and dequantised in x's dtype."""
     rows, experts = x.shape[0], counts.shape[0]
@@ -53,8 +66,10 @@ def experts(
     *,
     limit: float,
     activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
-    return layer.experts(grouped_matmul, x, w1, w3, w2, routing, limit, activations)
+    product = row_by_row if batch_invariant else grouped_matmul
+    return layer.experts(product, x, w1, w3, w2, routing, limit, activations)
 
 
 def expert_gate_up(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_matmul.codes import ORDER
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import layer
 from pallas_kernels.grouped_matmul.gradient import OBSERVED, with_gradient
@@ -36,7 +37,9 @@ def experts(
     *,
     limit: float,
     activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
+    assert not batch_invariant, "unsupported_reason refuses it"
     run = functools.partial(_experts, activations=activations)
     return with_gradient(run, x, w1, w3, w2, routing, limit=limit)
 
@@ -56,9 +59,12 @@ def unsupported_reason(
     *,
     limit: float,
     activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
 ) -> str | None:
     """Of any of the three products: the weights may be stored differently."""
     del routing, limit
+    if batch_invariant:
+        return ORDER
     if isinstance(w2, ObservedWeight):
         return OBSERVED
     columns = x.shape[-1], x.shape[-1], w2.shape[-1]

@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.sm90 import DTYPES, device_reason, operands_reason
+from pallas_kernels.block_matmul.sm90 import BLOCK, DTYPES, device_reason, operands_reason
 from pallas_kernels.block_matmul.tilings import Problem, default_many_rows
-from pallas_kernels.formats import FP8_GROUP, QuantFormat
+from pallas_kernels.formats import MXFP4, QuantFormat, format_name
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.gradient import OBSERVED, with_gradient
+from pallas_kernels.grouped_matmul.tiling import INVARIANT_BLOCKS, SCALED, default_mxfp4
 from pallas_kernels.grouped_matmul.tilings import LayerTiling
-from pallas_kernels.products import stored
+from pallas_kernels.products import static_scale, stored
+from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import ObservedWeight, TreatedWeight
 from pallas_kernels.router import Routing
 
 FLOAT32_ROWS = 128  # of a block: the tile of the kernel for many rows
+FLOAT32_MXFP4_ROWS = 32
 
 
 def unsupported_reason(
@@ -32,6 +35,7 @@ def unsupported_reason(
     *,
     limit: float,
     activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
 ) -> str | None:
     del limit
     if isinstance(w2, ObservedWeight):
@@ -39,21 +43,25 @@ def unsupported_reason(
     for w in (w1, w3, w2):
         if reason := device_reason() or layer_operands_reason(w, activations):
             return reason
+    if len(names := {format_name(stored(w).format) for w in (w1, w3, w2)}) > 1:
+        return f"weights are {' and '.join(sorted(names))}: it takes them in one format"
     if x.dtype not in DTYPES:
         return f"tokens in {x.dtype}: it takes bfloat16 and float32"
     if 0 in routing.experts.shape:
         return "there are no tokens"
-    if _tiling(x, w1, routing) is None:
+    if _tiling(x, w1, routing, batch_invariant) is None:
         return f"no tiling fits experts [{w1.shape[1]}, {x.shape[1]}]"
     return None
 
 
 def layer_operands_reason(w: Any, activations: QuantFormat | None) -> str | None:
     """Why w, one of the layer's three, is not what the kernels multiply by codes in the format `activations`."""
-    if reason := operands_reason(w, activations, w.shape[-1]):
+    reason_of = mxfp4_reason if is_mxfp4(w) else operands_reason
+    if reason := reason_of(w, activations, w.shape[-1]):
         return reason
-    if activations != FP8_GROUP:
-        return f"activations are {_rounding(activations)}: it rounds to {_rounding(FP8_GROUP)}"
+    assert activations is not None
+    if activations.rounding != "nearest":
+        return f"activations are rounded by {activations.rounding}: it rounds to nearest"
     if isinstance(w, TreatedWeight) and w.channels is not None:
         return "channels of the input stay in 16 bits: it multiplies codes alone"
     if isinstance(w, TreatedWeight) and w.rotated:
@@ -61,8 +69,19 @@ def layer_operands_reason(w: Any, activations: QuantFormat | None) -> str | None
     return None
 
 
-def _rounding(form: QuantFormat | None) -> str:
-    return "plain" if form is None else f"{form.name} to {form.rounding} with floor {form.floor}"
+def is_mxfp4(w: Any) -> bool:
+    return isinstance(stored(w), QuantTensor) and stored(w).format.layout == MXFP4.layout
+
+
+def mxfp4_reason(w: Any, activations: QuantFormat | None, k: int) -> str | None:
+    """Why the formats of x [..., k] and the MXFP4 weight w are not those of the released experts."""
+    if activations is None:
+        return "activations are not quantised"
+    if (activations.element, activations.tile) != ("e4m3", (1, BLOCK)) or activations.scale == "bfloat16":
+        return f"activations are {activations.name}: by MXFP4 it takes e4m3:1x128 with scales of ue8m0 or float32"
+    if static_scale(w) is not None:
+        return "the activation scale is static: it takes one for every group"
+    return None if k % SCALED == 0 else f"K = {k} is no multiple of {SCALED}, the columns of 16 bytes of MXFP4 scales"
 
 
 def experts(
@@ -74,34 +93,62 @@ def experts(
     *,
     limit: float,
     activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
 ) -> jax.Array:
     """The layer for tokens x [N, D]; gradients are those of the reference with tokens and hidden rows unrounded."""
-    assert activations == FP8_GROUP, "unsupported_reason refuses what the kernels do not round to"
-    return with_gradient(_experts, x, stored(w1), stored(w3), stored(w2), routing, limit=limit)
+    assert activations is not None, "unsupported_reason refuses inputs that stay unrounded"
+    run = functools.partial(_experts, activations=activations, batch_invariant=batch_invariant)
+    return with_gradient(run, x, stored(w1), stored(w3), stored(w2), routing, limit=limit)
 
 
-def _experts(x: jax.Array, w1: Any, w3: Any, w2: Any, routing: Routing, *, limit: float) -> jax.Array:
+def _experts(
+    x: jax.Array,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    routing: Routing,
+    *,
+    limit: float,
+    activations: QuantFormat,
+    batch_invariant: bool,
+) -> jax.Array:
     from pallas_kernels.grouped_matmul import kernel_sm90  # Pallas is slow to import
 
-    tiling = _tiling(x, w1, routing)
+    tiling = _tiling(x, w1, routing, batch_invariant)
     assert tiling is not None, "unsupported_reason refuses what no tiling fits"
-    how = {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
-    return kernel_sm90.experts(x, w1, w3, w2, routing, limit=limit, **how)
+    how: Any = {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
+    return kernel_sm90.experts(x, w1, w3, w2, routing, limit=limit, activations=activations, **how)
 
 
-def _tiling(x: jax.Array, w1: Any, routing: Routing) -> LayerTiling | None:
+def _tiling(x: jax.Array, w1: Any, routing: Routing, batch_invariant: bool) -> LayerTiling | None:
     (tokens, top), (count, i, d) = routing.experts.shape, w1.shape
-    return layer_tiling(tokens, top, count, d, i, x.dtype)
+    how = {"mxfp4": is_mxfp4(w1), "batch_invariant": batch_invariant}
+    return layer_tiling(tokens, top, count, d, i, x.dtype, **how)
 
 
-def layer_tiling(tokens: int, top: int, experts: int, d: int, i: int, dtype: DTypeLike) -> LayerTiling | None:
+def layer_tiling(
+    tokens: int,
+    top: int,
+    experts: int,
+    d: int,
+    i: int,
+    dtype: DTypeLike,
+    *,
+    mxfp4: bool = False,
+    batch_invariant: bool = False,
+) -> LayerTiling | None:
     """By the rows that an expert has on average, as measured; in float32, which is not for speed, one that always fits.
 
     Tables are of bfloat16. The kernel for few rows writes no float32 on a GPU, and tiles of float32 on their way out
     take as much more shared memory as one buffer less leaves.
     """
     if dtype != jnp.float32:
-        return tilings.layer_tiling(tokens, top, experts, d, i)
+        return tilings.layer_tiling(tokens, top, experts, d, i, mxfp4=mxfp4, batch_invariant=batch_invariant)
+    if mxfp4:
+        part = functools.partial(Problem, tokens * top, experts=experts, rows=FLOAT32_MXFP4_ROWS)
+        how = {"itemsize": 4, "stage_blocks": (INVARIANT_BLOCKS,)}
+        gate_up, down = default_mxfp4(part(i, d, weights=2), **how), default_mxfp4(part(d, i), **how)
+        return LayerTiling(FLOAT32_MXFP4_ROWS, gate_up, down) if gate_up and down else None
     part = functools.partial(Problem, tokens * top, experts=experts, rows=FLOAT32_ROWS)
     gate_up, down = default_many_rows(part(i, d, weights=2)), default_many_rows(part(d, i))
     if gate_up is None or down is None:

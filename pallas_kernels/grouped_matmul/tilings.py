@@ -8,11 +8,20 @@ from pathlib import Path
 from pallas_kernels.block_matmul import tilings
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import Problem, choose, load
+from pallas_kernels.grouped_matmul.tiling import (
+    INVARIANT_BLOCKS,
+    STAGE_BLOCKS,
+    Mxfp4Rows,
+    default_mxfp4,
+    mxfp4_reason,
+)
 
 TABLE = Path(__file__).with_name("tiling_h100.json")
 BLOCK_ROWS = (8, 16, 32, 64, 128)  # what is tried
 TILES = (64, 128)  # from which on a block can be a tile of the kernel for many rows
 FEW = 64  # up to which it can be one of the kernel for few
+# What is tried for MXFP4 weights. More than the last does not fit into registers for two weights.
+MXFP4_ROWS = (8, 16, 32, 64, 112)
 
 
 @dataclass(frozen=True)
@@ -27,25 +36,52 @@ class LayerTiling:
     """What grouped_matmul.kernel_sm90.experts takes."""
 
     rows: int
-    gate_up: FewRows | ManyRows
-    down: FewRows | ManyRows
+    gate_up: FewRows | ManyRows | Mxfp4Rows
+    down: FewRows | ManyRows | Mxfp4Rows
 
 
-KINDS: dict[str, type] = tilings.KINDS | {"mxfp4": FewRows, "layer": LayerRows}
+# mxfp4: of block_matmul.fp4_sm90, which the layer does not use; mxfp4_experts: of fp4_sm90 here.
+KINDS: dict[str, type] = tilings.KINDS | {
+    "mxfp4": FewRows,
+    "mxfp4_experts": Mxfp4Rows,
+    "layer": LayerRows,
+    "mxfp4_layer": LayerRows,
+}
 
 
-def tiling(m: int, n: int, k: int, weights: int = 1, *, experts: int, rows: int) -> FewRows | ManyRows | None:
+def tiling(
+    m: int, n: int, k: int, weights: int = 1, *, experts: int, rows: int, batch_invariant: bool = False
+) -> FewRows | ManyRows | None:
     """Of a product of m rows in blocks of `rows`, one expert each: of the kernel that was measured to be faster.
 
     Without a measurement: the kernel for few rows, but for blocks of a whole tile of the other. None where none fits.
+    batch_invariant: of those alone that add a row's products in one order.
     """
+
+    def fits(found: FewRows | ManyRows) -> bool:
+        return tilings.reason(found, problem) is None and (not batch_invariant or tilings.in_one_order(found))
+
     problem = Problem(m, n, k, weights, experts, rows)
     table = load(TABLE, tuple(KINDS.items()))
     entries = [entry for kind in ("few_rows", "many_rows") for entry in table.get(kind, ())]
-    if entry := choose(entries, problem, lambda found: tilings.reason(found, problem) is None):
+    if entry := choose(entries, problem, fits):
         return entry.tiling
     few, many = tilings.default_few_rows(problem), tilings.default_many_rows(problem)
     return (many or few) if rows in TILES else few
+
+
+def mxfp4_tiling(
+    m: int, n: int, k: int, weights: int = 1, *, experts: int, rows: int, batch_invariant: bool = False
+) -> Mxfp4Rows | None:
+    """`tiling` for MXFP4 weights: as measured nearby, or as much as fits; None where none does."""
+    problem = Problem(m, n, k, weights, experts, rows)
+    stage_blocks = (INVARIANT_BLOCKS,) if batch_invariant else STAGE_BLOCKS
+
+    def fits(found: Mxfp4Rows) -> bool:
+        return found.blocks in stage_blocks and mxfp4_reason(found, problem) is None
+
+    entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4_experts", ()), problem, fits)
+    return entry.tiling if entry else default_mxfp4(problem, stage_blocks=stage_blocks)
 
 
 def block_rows(problem: Problem, options: tuple[int, ...]) -> int:
@@ -61,21 +97,33 @@ def layer_problem(tokens: int, top: int, experts: int, d: int, i: int) -> Proble
     return Problem(tokens * top, i, d, weights=3, experts=experts)
 
 
-def layer_tiling(tokens: int, top: int, experts: int, d: int, i: int, *, rows: int | None = None) -> LayerTiling | None:
+def layer_tiling(
+    tokens: int,
+    top: int,
+    experts: int,
+    d: int,
+    i: int,
+    *,
+    rows: int | None = None,
+    mxfp4: bool = False,
+    batch_invariant: bool = False,
+) -> LayerTiling | None:
     """Of a layer with blocks of `rows`; None: as many as was measured to be best, or as an expert has on average.
 
-    None where no tiling fits: d or i no multiple of 128.
+    mxfp4: what the weights are; else FP8. None where no tiling fits: d or i no multiple of 128, or of 512 for MXFP4.
     """
     m = tokens * top
-    of_block = rows or _rows_of_layer(layer_problem(tokens, top, experts, d, i))
-    gate_up = tiling(m, i, d, weights=2, experts=experts, rows=of_block)
-    down = tiling(m, d, i, experts=experts, rows=of_block)
+    of_block = rows or _rows_of_layer(layer_problem(tokens, top, experts, d, i), mxfp4)
+    how = {"experts": experts, "rows": of_block, "batch_invariant": batch_invariant}
+    of_product = mxfp4_tiling if mxfp4 else tiling
+    gate_up, down = of_product(m, i, d, weights=2, **how), of_product(m, d, i, **how)
     return LayerTiling(of_block, gate_up, down) if gate_up and down else None
 
 
-def _rows_of_layer(problem: Problem) -> int:
+def _rows_of_layer(problem: Problem, mxfp4: bool) -> int:
     """As measured, else the smallest block that the rows of an average expert fit into."""
-    if entry := choose(load(TABLE, tuple(KINDS.items())).get("layer", ()), problem, lambda _: True):
+    kind, largest = ("mxfp4_layer", max(MXFP4_ROWS)) if mxfp4 else ("layer", max(TILES))
+    if entry := choose(load(TABLE, tuple(KINDS.items())).get(kind, ()), problem, lambda _: True):
         return entry.tiling.rows
     each = problem.m / min(problem.experts, problem.m)
-    return next((rows for rows in (8, 16, 32) if each <= rows), max(TILES))
+    return next((rows for rows in (8, 16, 32) if each <= rows), largest)

@@ -83,7 +83,7 @@ def test_treated_weights_are_traced_as_stored():
 @functools.cache
 def table(recipe):
     """(op, device) -> cell, of flash's quantised operands (plain ones in bf16)."""
-    rows = [row for row in recipe_table(FLASH, find_recipe(recipe)) if row.choice]
+    rows = [row for row in recipe_table(FLASH, find_recipe(recipe)) if row.op in ("block_matmul", "experts")]
     rows = [row for row in rows if row.operands != "plain"] or rows
     assert len({row.op for row in rows}) == len(rows) == 2
     return {(row.op, device): cell for row in rows for device, cell in row.cells.items()}
@@ -94,7 +94,7 @@ HOPPER = {"H100 / H200"}
 EXPECTED = {
     # recipe -> {implementation of dense products: where}, {of experts: where}; the reference elsewhere
     "bf16": ({}, {}),
-    "released": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {}),
+    "released": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {"sm90": HOPPER}),
     "fp8": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {"sm90": HOPPER}),
     "fp8_per_channel": ({"sm90": HOPPER, "scaled_dot": FP8 - HOPPER}, {"scaled_dot": FP8}),
     "int8": ({"scaled_dot": ALL - {"CPU"}}, {"scaled_dot": ALL - {"CPU"}}),
@@ -121,8 +121,8 @@ def test_reasons_name_the_device_or_what_is_missing():
     for op in ("block_matmul", "experts"):
         assert "scaled_dot: T4 has no FP8 matrix units" in table("fp8_per_channel")[op, "T4"].refused
         assert "scaled_dot: CPU has no INT8 matrix units that XLA uses" in table("int8")[op, "CPU"].refused
-    assert table("released")["experts", "H100 / H200"].refused == (
-        "sm90: weights are e2m1:1x32:ue8m0: it takes e4m3 in 128 x 128 blocks",
+    assert table("released")["experts", "B200"].refused == (
+        "sm90: B200 is no Hopper GPU (compute capability 10.0)",
         "scaled_dot: XLA's dot takes no e2m1 codes packed two a byte",
     )
 

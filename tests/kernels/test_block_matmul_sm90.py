@@ -19,9 +19,13 @@ MANY = [
     (ManyRows(128, 256, 3, "columns"), (256, 512, 640)),
     (ManyRows(128, 128, 3, "rows"), (256, 384, 256)),
     (ManyRows(64, 256, 2, "columns", rows_first=False, width=1), (192, 512, 128)),
+    (ManyRows(64, 128, 2, "columns", shares=2), (128, 256, 512)),
+    (ManyRows(128, 128, 3, "rows", blocks=2, in_flight=2, shares=4), (128, 256, 1024)),
 ]
 FEW = [
     (FewRows(blocks=2, stages=3, warpgroups=1), (8, 192, 768)),
+    (FewRows(blocks=1, stages=2, warpgroups=1, shares=4), (8, 192, 1024)),
+    (FewRows(blocks=2, stages=2, warpgroups=2, shares=2), (16, 256, 512)),
     (FewRows(blocks=4, stages=2, warpgroups=2), (64, 384, 1024)),
     (FewRows(blocks=1, stages=4, warpgroups=2), (24, 128, 128)),
 ]

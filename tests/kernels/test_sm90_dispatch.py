@@ -64,13 +64,16 @@ def layer_choice(
 
 ONE_TYPE = [
     ({"form": None}, "the weight is not quantised"),
-    ({"activations": None}, "activations are not quantised"),
     ({"activations": FLOAT_GROUP}, "scales of activations are float32, of weights ue8m0: it takes them of one type"),
     ({"form": FLOAT_BLOCK}, "scales of activations are ue8m0, of weights float32: it takes them of one type"),
 ]
 OPERANDS = [  # of layers of experts; one product takes other formats too
     *ONE_TYPE,
-    ({"form": MXFP4}, "weights are e2m1:1x32:ue8m0: it takes e4m3 in 128 x 128 blocks"),
+    ({"activations": None}, "activations are not quantised"),
+    ({"form": MXFP4}, "K = 256 is no multiple of 512"),
+    ({"form": MXFP4, "activations": None}, "activations are not quantised"),
+    ({"form": MXFP4, "activations": FORMATS["fp8_row"]}, "activations are e4m3:row:float32: by MXFP4 it takes"),
+    ({"form": FORMATS["int8_row"]}, "weights are int8:row:float32: it takes e4m3 in 128 x 128 blocks"),
     ({"form": FORMATS["fp8_row"]}, "weights are e4m3:row:float32: it takes e4m3 in 128 x 128 blocks"),
     ({"form": FORMATS["e5m2"]}, "weights are e5m2:128x128:ue8m0: it takes e4m3 in 128 x 128 blocks"),
     ({"activations": FORMATS["fp8_row"]}, "activations are e4m3:row:float32: it takes e4m3 in 1 x 128 groups"),
@@ -130,16 +133,13 @@ UP, DOWN = stored(FP8_BLOCK, 4, 128, 256), stored(FP8_BLOCK, 4, 256, 128)
     ("call", "reason"),
     [
         *OPERANDS,
-        ({"w3": stored(MXFP4, 4, 128, 256)}, "weights are e2m1:1x32:ue8m0: it takes e4m3 in 128 x 128 blocks"),
+        ({"d": 512, "w3": stored(MXFP4, 4, 128, 512)}, "weights are fp4 and fp8: it takes them in one format"),
+        ({"form": MXFP4, "d": 512, "i": 256}, "K = 256 is no multiple of 512, the columns of 16 bytes"),
+        ({"w1": treated(stored(MXFP4, 4, 128, 512), static=True), "d": 512}, "the activation scale is static"),
         ({"w2": stored(None, 4, 256, 128)}, "the weight is not quantised"),
         (
-            {"form": FLOAT_BLOCK, "activations": FLOAT_GROUP},
-            "activations are e4m3:1x128:float32 to nearest with floor 0.0001: "
-            "it rounds to e4m3:1x128:ue8m0 to nearest with floor 0.0001",
-        ),
-        (
-            {"activations": dataclasses.replace(FP8_GROUP, floor=None)},
-            "activations are e4m3:1x128:ue8m0 to nearest with floor None",
+            {"activations": dataclasses.replace(FP8_GROUP, rounding="stochastic")},
+            "activations are rounded by stochastic: it rounds to nearest",
         ),
         ({"w1": treated(UP, static=True)}, "the activation scale is static"),
         ({"w3": treated(UP, channels=3)}, "channels of the input stay in 16 bits: it multiplies codes alone"),
@@ -156,6 +156,21 @@ def test_what_layers_of_experts_refuse(call, reason):
     assert ran != "sm90" and found is not None and found.startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("form", "activations"),
+    [
+        (FP8_BLOCK, dataclasses.replace(FP8_GROUP, floor=None)),
+        (FLOAT_BLOCK, FLOAT_GROUP),
+        (MXFP4, FP8_GROUP),
+        (MXFP4, FLOAT_GROUP),
+    ],
+    ids=str,
+)
+def test_what_layers_of_experts_take(form, activations):
+    with pretend(H100):
+        assert layer_choice(form, activations, d=512, i=512) == ("sm90", None)
+
+
 def test_a_weight_without_treatment_may_say_so():
     with pretend(H100):
         assert dense_choice(w=treated(stored(FP8_BLOCK, 256, 256))) == ("sm90", None)
@@ -163,7 +178,7 @@ def test_a_weight_without_treatment_may_say_so():
 
 
 def test_a_layer_that_no_tiling_fits(monkeypatch):
-    monkeypatch.setattr(layer_tilings, "layer_tiling", lambda *_: None)
+    monkeypatch.setattr(layer_tilings, "layer_tiling", lambda *_, **__: None)
     with pretend(H100):
         assert layer_choice() == ("reference", "no tiling fits experts [128, 256]")
 
@@ -178,33 +193,38 @@ def test_the_shipped_model(rows):
         assert narrow == ("block_dot", "K = 64 is no multiple of the block of 128")
         layer = layer_choice(d=256, i=64, count=8, tokens=int(np.prod(rows)))
         assert layer == ("reference", "K = 64 is no multiple of the block of 128")
+        layer = layer_choice(MXFP4, d=256, i=64, count=8, tokens=int(np.prod(rows)))
+        assert layer[0] == "reference" and layer[1].startswith("K = 256 is no multiple of 512, the columns of 16 bytes")
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 128, 512, 4096])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_v4_flash(tokens, dtype):
-    """Dense layers as released; experts where they are FP8, and refused with a reason where they are MXFP4."""
+    """Dense layers and experts as released, and experts of the Base checkpoints, which are FP8."""
     sizes = {"d": 4096, "i": 2048, "count": 256, "tokens": tokens, "dtype": dtype}
     with pretend(H100):
         for n, k in ((1024, 4096), (32768, 1024), (512, 4096), (4096, 8192), (2048, 4096), (4096, 2048)):
             assert dense_choice(n=n, k=k, rows=(tokens,), out_dtype=dtype) == ("sm90", None), (n, k)
         assert layer_choice(**sizes) == ("sm90", None)
-        assert layer_choice(MXFP4, **sizes)[0] == "reference"
+        assert layer_choice(MXFP4, **sizes) == ("sm90", None)
 
 
 def test_rows_of_a_block_follow_those_of_an_expert():
     """Blocks of a whole tile for many rows; and for float32, which the kernel for few rows does not write on a GPU."""
-    rows = [sm90.layer_tiling(tokens, 6, 256, 4096, 2048, jnp.bfloat16).rows for tokens in (1, 128, 1024, 16384)]
-    assert rows == sorted(rows) and rows[0] <= 16 and rows[-1] >= 64
+    for mxfp4 in (False, True):
+        find = functools.partial(sm90.layer_tiling, top=6, experts=256, d=4096, i=2048, dtype=jnp.bfloat16, mxfp4=mxfp4)
+        rows = [find(tokens).rows for tokens in (1, 128, 1024, 16384)]
+        assert rows == sorted(rows) and rows[0] <= 16 and rows[-1] >= 64
     assert sm90.layer_tiling(1, 6, 256, 4096, 2048, jnp.float32).rows == 128
 
 
 @pytest.mark.parametrize("tokens", [1, 128, 4096])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_a_layer_lowers_for_a_gpu(tokens, dtype):
+@pytest.mark.parametrize("form", [FP8_BLOCK, MXFP4], ids=["fp8", "mxfp4"])
+def test_a_layer_lowers_for_a_gpu(tokens, dtype, form):
     """What the interpreter does not know: that the tilings it is given fit into shared memory."""
     d, i, count = 4096, 2048, 256
-    up, down = stored(FP8_BLOCK, count, i, d), stored(FP8_BLOCK, count, d, i)
+    up, down = stored(form, count, i, d), stored(form, count, d, i)
     run = jax.jit(functools.partial(experts, limit=10.0, activations=FP8_GROUP, implementation="sm90"))
     with pretend(H100):
         traced = run.trace(shape((tokens, d), dtype), up, up, down, abstract_routing(tokens, 6, count))
@@ -259,9 +279,14 @@ def test_results_of_another_type_and_float32_scales(dtype, out_dtype):
     check(got, want, BOUNDS[out_dtype])
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("tokens", [1, 5, 130])
-def test_layers_of_experts_are_the_reference(tokens, dtype):
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "form", "activations"),
+    [
+        *((tokens, dtype, FP8_BLOCK, FP8_GROUP) for tokens in (1, 5, 130) for dtype in BOUNDS),
+        (5, jnp.float32, FLOAT_BLOCK, FLOAT_GROUP),
+    ],
+)
+def test_layers_of_experts_are_the_reference(tokens, dtype, form, activations):
     count, d, i, top = 4, 256, 128, 2
     rng = np.random.default_rng(tokens)
     chosen = np.stack([rng.permutation(count - 1)[:top] for _ in range(tokens)]).astype(np.int32)
@@ -271,17 +296,17 @@ def test_layers_of_experts_are_the_reference(tokens, dtype):
     scores = np.zeros((tokens, count), np.float32)
     routing = Routing(*map(jnp.asarray, (chosen, factors, scores, counts, order.astype(np.int32))))
     weights = [
-        quantize(normal(seed, count, *sizes) / np.sqrt(sizes[1]), FP8_BLOCK)
+        quantize(normal(seed, count, *sizes) / np.sqrt(sizes[1]), form)
         for seed, sizes in enumerate(((i, d), (i, d), (d, i)))
     ]
     x = normal(9, tokens, d, dtype=dtype)
-    run = functools.partial(experts, x, *weights, routing, limit=2.0, activations=FP8_GROUP)
+    run = functools.partial(experts, x, *weights, routing, limit=2.0, activations=activations)
     with interpreted():
         got = run(implementation="sm90")
         got.block_until_ready()
     # The reference rounds gate and up to x's dtype, kernels the hidden rows alone, as here.
-    hidden = expert_gate_up(x.astype(jnp.float32), *weights[:2], routing, limit=2.0, activations=FP8_GROUP)
-    exact = expert_down(hidden.astype(dtype).astype(jnp.float32), weights[2], routing, activations=FP8_GROUP)
+    hidden = expert_gate_up(x.astype(jnp.float32), *weights[:2], routing, limit=2.0, activations=activations)
+    exact = expert_down(hidden.astype(dtype).astype(jnp.float32), weights[2], routing, activations=activations)
     # A last bit of a hidden row may choose another FP8 code, of 3 bits; it does so in few of them.
     check(got, exact, 2.0**-5, relative=5e-3)
     want = run(implementation="reference")

@@ -44,7 +44,7 @@ class Attention(nnx.Module):
         a = config.attention
         self.config, self.layer, self.top_k = a, layer, config.indexer.top_k
         self.norm_eps, self.implementation = config.norm_eps, execution.implementation
-        self.activations, stored = execution.activations, execution.cache_format
+        self.execution, stored = execution, execution.cache_format
         self.stored = stored.window_format(a)
         self.wq_a = Linear(specs["wq_a"])
         self.q_norm = RMSNorm(specs["q_norm"], config.norm_eps)
@@ -55,7 +55,9 @@ class Attention(nnx.Module):
         self.wo_b = Linear(specs["wo_b"])
         self.attn_sink = declare(specs["attn_sink"]) if a.sink else None
         self.compressor = (
-            Compressor(specs["compressor"], config.norm_eps, stored.entry_format(a)) if layer.compressed else None
+            Compressor(specs["compressor"], config.norm_eps, stored.entry_format(a), execution)
+            if layer.compressed
+            else None
         )
         self.indexer = Indexer(specs["indexer"], config, execution) if layer.kind == "csa" else None
 
@@ -117,7 +119,7 @@ class Attention(nnx.Module):
         return None if self.attn_sink is None else read(self.attn_sink)
 
     def _project(self, linear: Linear, x: jax.Array) -> jax.Array:
-        return linear(x, activations=self.activations, implementation=self.implementation)
+        return linear(x, **self.execution.products)
 
     def _queries(self, q_latent: jax.Array, position: jax.Array, rope: jax.Array) -> jax.Array:
         heads, head_dim = self.config.heads, self.config.head_dim
@@ -162,5 +164,5 @@ class Attention(nnx.Module):
         heads, groups = self.config.heads, self.config.o_groups
         out = rotate(out, position[..., None].repeat(heads, axis=-1), rope, inverse=True)
         grouped = out.reshape(*out.shape[:2], groups, -1)
-        low = block_diagonal_matmul(grouped, read(self.wo_a.weight), implementation=self.implementation)
+        low = block_diagonal_matmul(grouped, read(self.wo_a.weight), **self.execution.exact_products)
         return self._project(self.wo_b, low)

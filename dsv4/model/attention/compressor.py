@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv4.config import Execution
 from dsv4.model.cache import CompressedCache, write_entries
 from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.parameters import SpecTree
@@ -15,9 +18,9 @@ from pallas_kernels.row_format import RowFormat
 
 
 class Compressor(nnx.Module):
-    def __init__(self, specs: SpecTree, norm_eps: float, stored: RowFormat):
+    def __init__(self, specs: SpecTree, norm_eps: float, stored: RowFormat, execution: Execution):
         """stored: how a cache keeps the entries, which is how they are seen with or without one."""
-        self.stored = stored
+        self.stored, self.execution = stored, execution
         self.wkv = Linear(specs["wkv"])
         self.wgate = Linear(specs["wgate"])
         self.ape = declare(specs["ape"])
@@ -37,7 +40,8 @@ class Compressor(nnx.Module):
         Without a cache (full sequence) entry numbers are 0..T//m-1 and every one of them is finished.
         """
         wide = x.astype(jnp.float32)  # the released code projects and pools in float32
-        kv, gate = self.wkv(wide, out_dtype=jnp.float32), self.wgate(wide, out_dtype=jnp.float32)
+        how: Any = {"out_dtype": jnp.float32, "batch_invariant": self.execution.batch_invariant}
+        kv, gate = self.wkv(wide, **how), self.wgate(wide, **how)
         before = None if cache is None else cache.state
         entries, state = compress(
             kv, gate, before, start, count, read(self.ape), read(self.norm.weight), frequencies,

@@ -17,10 +17,10 @@ from pallas_kernels.rotary import rotate
 
 class Indexer(nnx.Module):
     def __init__(self, specs: SpecTree, config: ModelConfig, execution: Execution):
-        self.stored, self.activations = execution.cache_format.index_format(), execution.activations
+        self.stored, self.execution = execution.cache_format.index_format(), execution
         self.wq_b = Linear(specs["wq_b"])
         self.weights_proj = Linear(specs["weights_proj"])
-        self.compressor = Compressor(specs["compressor"], config.norm_eps, self.stored)
+        self.compressor = Compressor(specs["compressor"], config.norm_eps, self.stored, execution)
         self.heads, self.head_dim = config.indexer.heads, config.indexer.head_dim
 
     def __call__(
@@ -41,10 +41,10 @@ class Indexer(nnx.Module):
         """
         x, q_latent = jax.lax.stop_gradient((x, q_latent))
         batch, tokens, _ = x.shape
-        q = self.wq_b(q_latent, activations=self.activations, implementation=implementation)
+        q = self.wq_b(q_latent, **self.execution.products)
         q = q.reshape(batch, tokens, self.heads, self.head_dim)
         q = rotate(q, position[..., None].repeat(self.heads, axis=-1), frequencies)
         q = as_cached(q, self.stored)  # rotated and rounded as the keys are
-        weights = self.weights_proj(x, implementation=implementation) * (self.head_dim * self.heads) ** -0.5
+        weights = self.weights_proj(x, **self.execution.exact_products) * (self.head_dim * self.heads) ** -0.5
         keys, cache = self.compressor(x, start, count, frequencies, cache, implementation)
         return index_scores(q, keys, weights, implementation=implementation), keys, cache

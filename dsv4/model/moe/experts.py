@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,6 @@ from flax import nnx
 
 from dsv4.model.layers import Linear, declare, read
 from dsv4.parameters import SpecTree
-from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import experts
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import swiglu
@@ -22,12 +22,10 @@ class SharedExpert(nnx.Module):
         self.w1, self.w3, self.w2 = Linear(specs["w1"]), Linear(specs["w3"]), Linear(specs["w2"])
         self.limit = limit
 
-    def __call__(self, x: jax.Array, activations: QuantFormat | None, implementation: str) -> jax.Array:
-        def project(linear: Linear, x: jax.Array) -> jax.Array:
-            return linear(x, activations=activations, implementation=implementation)
-
-        hidden = swiglu(project(self.w1, x), project(self.w3, x), self.limit)
-        return project(self.w2, hidden.astype(x.dtype))
+    def __call__(self, x: jax.Array, products: Mapping[str, Any]) -> jax.Array:
+        """products: keywords of a matmul."""
+        hidden = swiglu(self.w1(x, **products), self.w3(x, **products), self.limit)
+        return self.w2(hidden.astype(x.dtype), **products)
 
 
 class Stack(nnx.Module):
@@ -42,10 +40,7 @@ class RoutedExperts(nnx.Module):
         self.w1, self.w3, self.w2 = Stack(specs["w1"]), Stack(specs["w3"]), Stack(specs["w2"])
         self.limit = limit
 
-    def __call__(
-        self, x: jax.Array, routing: Routing, activations: QuantFormat | None, implementation: str
-    ) -> jax.Array:
-        """Sum over its experts of weight * expert(token), for tokens x [N, D]."""
+    def __call__(self, x: jax.Array, routing: Routing, products: Mapping[str, Any]) -> jax.Array:
+        """Sum over its experts of weight * expert(token), for tokens x [N, D]. products: keywords of `experts`."""
         w1, w3, w2 = (read(stack.weight) for stack in (self.w1, self.w3, self.w2))
-        how: Any = {"activations": activations, "implementation": implementation}
-        return experts(x, w1, w3, w2, routing, limit=self.limit, **how)
+        return experts(x, w1, w3, w2, routing, limit=self.limit, **products)

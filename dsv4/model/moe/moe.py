@@ -34,7 +34,7 @@ class Gate(nnx.Module):
 class MoE(nnx.Module):
     def __init__(self, specs: SpecTree, config: ModelConfig, execution: Execution):
         m = config.moe
-        self.config, self.implementation, self.activations = m, execution.implementation, execution.activations
+        self.config, self.execution = m, execution
         self.gate = Gate(specs["gate"]) if m.experts else None
         self.experts = RoutedExperts(specs["experts"], m.swiglu_limit) if m.experts else None
         self.shared_experts = SharedExpert(specs["shared_experts"], m.swiglu_limit) if m.shared else None
@@ -46,10 +46,10 @@ class MoE(nnx.Module):
         if self.experts is not None:
             flat = x.reshape(-1, width)
             routing = self._route(flat, ids.reshape(-1))
-            out = self.experts(flat, routing, self.activations, self.implementation).reshape(x.shape)
+            out = self.experts(flat, routing, self.execution.products).reshape(x.shape)
             trace = MoETrace(*(part.reshape(batch, tokens, -1) for part in routing[:3]))
         if self.shared_experts is not None:
-            shared = self.shared_experts(x, self.activations, self.implementation)
+            shared = self.shared_experts(x, self.execution.products)
             out = shared if out is None else out + shared
         assert out is not None, "a config has routed or shared experts"
         return out, trace
@@ -62,5 +62,5 @@ class MoE(nnx.Module):
         return router(
             x, read(self.gate.weight), bias, chosen,
             k=m.per_token, scoring=m.scoring, normalize=m.normalize, scale=m.routed_scale,
-            implementation=self.implementation,
+            implementation=self.execution.implementation,
         )  # fmt: skip

@@ -1,0 +1,70 @@
+"""How the MXFP4 kernel cuts a product of experts up, and what it can take. Nothing here imports Pallas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, SHARED_BYTES, WGMMA_ROWS, Problem
+from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, launch_registers
+
+SCALED = 512  # columns whose weight scales are the 16 bytes that a copy has at least
+TABLE_BYTES = 144  # of shared memory for a row of every weight: its codes times its scales, of SCALED columns
+MOST_REGISTERS = 232  # that the compiler is allowed to use of what a consumer has
+STAGE_BLOCKS = (1, 2, 4)
+# Of a stage where a row's bits must not depend on the tiling: in four passes, what is added when depends on this.
+INVARIANT_BLOCKS = 2
+MOST_STAGES, MOST_WARPGROUPS = 8, 4
+
+
+@dataclass(frozen=True)
+class Mxfp4Rows:
+    """Of fp4_sm90: K blocks a stage, buffers, and consumers of 64 weight rows each."""
+
+    blocks: int = 4
+    stages: int = 4
+    warpgroups: int = 2
+
+    def __post_init__(self) -> None:
+        if self.blocks not in STAGE_BLOCKS:
+            raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
+        if self.warpgroups > MOST_WARPGROUPS:
+            raise ValueError(f"{self}: at most {MOST_WARPGROUPS} consumers have registers enough")
+
+    @property
+    def registers(self) -> int:
+        """Of a consumer's thread: what the producer leaves."""
+        there = launch_registers(self.warpgroups + 1) - PRODUCER_REGISTERS
+        return min(MOST_REGISTERS, there // self.warpgroups // 8 * 8)
+
+
+def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str | None:
+    """Why fp4_sm90 cannot cut the problem so, with results of `itemsize` bytes; None if it can."""
+    each = WGMMA_ROWS * tiling.warpgroups
+    if problem.n % each or problem.k % SCALED:
+        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED}]"
+    if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
+        return f"blocks of {problem.rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
+    if (shared := _shared_bytes(tiling, problem, itemsize)) > SHARED_BYTES:
+        return f"{shared} bytes of shared memory, there are {SHARED_BYTES}"
+    return None
+
+
+def default_mxfp4(
+    problem: Problem, itemsize: int = 2, stage_blocks: tuple[int, ...] = STAGE_BLOCKS
+) -> Mxfp4Rows | None:
+    """The longest stage of which two buffers fit, in as many as do, for two consumers if they divide the weights."""
+    for warpgroups in (2, 1):
+        for blocks in sorted(stage_blocks, reverse=True):
+            for stages in range(MOST_STAGES, 1, -1):
+                tiling = Mxfp4Rows(blocks, stages, warpgroups)
+                if mxfp4_reason(tiling, problem, itemsize) is None:
+                    return tiling
+    return None
+
+
+def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
+    each, depth = WGMMA_ROWS * tiling.warpgroups, tiling.blocks * BLOCK
+    of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
+    of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
+    written = problem.rows * each * itemsize
+    return tiling.stages * (of_weights + of_rows) + written + each * problem.weights * TABLE_BYTES

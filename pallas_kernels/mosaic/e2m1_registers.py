@@ -1,0 +1,134 @@
+"""The parts of e2m1_folded.py that Pallas has no words for, in Mosaic: words and bytes of registers, and a vote.
+
+A thread has of 64 rows two, 8 apart: of codes a word of every row and group, and of scales those of one block.
+"""
+
+# Mosaic's Python is not typed for outsiders.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+BLOCK, GROUP = 128, 32  # columns that share a scale of the product, and of the weight
+GROUPS = BLOCK // GROUP
+ROWS = 64  # of one wgmma
+BLOCKS = 4  # of a row, whose weight scales are the 16 bytes that a copy has at least
+TABLE_WORDS = BLOCKS * (2 * GROUPS + 1)  # of a row: two a group, and a scale a block
+SPREAD = 11  # how many powers of two below the largest scale a group's may be: 0.5 becomes 2^-6, no subnormal
+CODES = plgpu.Layout.WGMMA_8BIT
+EACH_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
+# Of what there is for every row and block: a warp has the same 16 rows as of an accumulator, a thread one block.
+EACH_BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), (-7,), (-3, -2), -1)
+WORD = 4  # bytes: eight packed codes, or four E4M3 ones, or the scales of a block
+# Of a word shifted left by 4 and the word itself, the bytes whose top bits are the signs of four codes.
+_SIGNS = 0x5140, 0x7362
+
+
+def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    one_word = _words(1)
+    four_codes = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+    # The second axis of registers counts 16 bytes, the fifth the rows that a thread has, 8 apart.
+    words = packed.registers[:, block * GROUPS : (block + 1) * GROUPS]
+    codes = np.empty((1, 2 * GROUPS, *words.shape[2:]), dtype=object)
+    for (_, group, _, _, row, *_), word in np.ndenumerate(words):
+        low, high = (vector.extract(flat[2 * group + i].registers.flat[row], [], [0]) for i in (0, 1))
+        value = vector.extract(vector.bitcast(one_word, word), [], [0])
+        magnitudes = arith.andi(value, _constant(0x77777777))
+        signs = arith.shli(value, _constant(4))
+        for half, order in enumerate(_SIGNS):
+            picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
+            sign = arith.andi(_permuted(signs, value, _constant(order)), _constant(0x80808080))
+            four = vector.broadcast(one_word, arith.ori(_permuted(low, high, picked), sign))
+            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, four)
+    return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
+
+
+def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
+    """The bytes of two words that the lowest four nibbles of `order` number."""
+    return llvm.inline_asm(_word(), [low, high, order], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+
+
+def any_beyond(_ctx: Any, spreads: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    widest, *others = (vector.extract(register, [], [0]) for register in spreads.registers.flat)
+    for other in others:
+        widest = arith.maxsi(widest, other)
+    ptx = f"""{{ .reg .pred here, anywhere;
+        setp.gt.s32 here, $1, {SPREAD};
+        barrier.cta.red.or.pred anywhere, $2, {utils.WARPGROUP_SIZE}, here;
+        selp.b32 $0, 1, 0, anywhere; }}"""
+    args = [widest, utils.warpgroup_barrier_idx(sync=False)]
+    answer = llvm.inline_asm(_word(), args, ptx, "=r,r,r", has_side_effects=True)
+    return mgpu.FragmentedArray.splat(answer, (), is_signed=True)
+
+
+def load_words(_ctx: Any, scale_smem: ir.Value) -> mgpu.FragmentedArray:
+    layout = EACH_BLOCK.to_mgpu()
+    registers = np.empty(layout.registers_shape((ROWS, BLOCKS)), dtype=object)
+    for at, (row, block) in zip(np.ndindex(*registers.shape), layout.thread_idxs((ROWS, BLOCKS)), strict=True):
+        start = _at((row, BLOCKS * WORD), (block, WORD))
+        registers[at] = llvm.load(_words(1), _address(scale_smem, start), alignment=WORD)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+
+def store_tables(_ctx: Any, tables_smem: ir.Value, *flat: mgpu.FragmentedArray) -> None:
+    *tables, bits = flat
+    utils.warp_barrier()  # what was there has been read: rows of a warp are its own
+    layout = EACH_BLOCK.to_mgpu()
+    for at, (row, block) in zip(np.ndindex(*bits.registers.shape), layout.thread_idxs((ROWS, BLOCKS)), strict=True):
+        values = [vector.extract(x.registers[at], [], [0]) for x in tables]
+        for first in range(0, 2 * GROUPS, 4):
+            start = _at((row, TABLE_WORDS * WORD), (block, 2 * GROUPS * WORD), first * WORD)
+            four = vector.from_elements(_words(4), values[first : first + 4])
+            llvm.store(four, _address(tables_smem, start), alignment=16)
+        start = _at((row, TABLE_WORDS * WORD), (block, WORD), 2 * GROUPS * BLOCKS * WORD)
+        llvm.store(bits.registers[at], _address(tables_smem, start), alignment=WORD)
+    utils.warp_barrier()
+
+
+def load_tables(_ctx: Any, of_block: ir.Value, scales: ir.Value) -> tuple[mgpu.FragmentedArray, ...]:
+    layout = EACH_ROW.to_mgpu()
+    found = np.empty((2 * GROUPS + 1, *layout.registers_shape((ROWS,))), dtype=object)
+    for at, (row,) in zip(np.ndindex(*found.shape[1:]), layout.thread_idxs((ROWS,)), strict=True):
+        words = []
+        for smem, first, count in ((of_block, 0, 4), (of_block, 4, 4), (scales, 0, 1)):
+            start = _at((row, TABLE_WORDS * WORD), first * WORD)
+            loaded = llvm.load(_words(count), _address(smem, start), alignment=count * WORD)
+            words += [vector.extract(loaded, [], [i]) for i in range(count)]
+        for i, word in enumerate(words):
+            found[i, *at] = vector.broadcast(_words(1), word)
+    return tuple(mgpu.FragmentedArray(_registers=x, _layout=layout, _is_signed=True) for x in found)
+
+
+def _at(*parts: tuple[ir.Value, int] | int) -> ir.Value:
+    """The sum of these: indices times what they count, or numbers."""
+    terms = [
+        _constant(part) if isinstance(part, int) else arith.muli(arith.index_cast(_word(), part[0]), _constant(part[1]))
+        for part in parts
+    ]
+    return functools.reduce(arith.addi, terms)
+
+
+def _address(smem: ir.Value, byte: ir.Value) -> ir.Value:
+    return utils.getelementptr(utils.memref_ptr(smem), [byte], ir.IntegerType.get_signless(8))
+
+
+def _word() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _words(count: int) -> ir.Type:
+    return ir.VectorType.get((count,), _word())
+
+
+def _constant(bits: int) -> ir.Value:
+    """A word with these bits; Mosaic takes signed numbers."""
+    return utils.c(bits - (bits >> 31 << 32), _word())

@@ -122,7 +122,7 @@ def test_reasons_name_the_device_or_what_is_missing():
         assert "scaled_dot: T4 has no FP8 matrix units" in table("fp8_per_channel")[op, "T4"].refused
         assert "scaled_dot: CPU has no INT8 matrix units that XLA uses" in table("int8")[op, "CPU"].refused
     assert table("released")["experts", "B200"].refused == (
-        "sm90: B200 is no Hopper GPU (compute capability 10.0)",
+        "sm90: B200 is no Hopper GPU (compute capability 9.0)",
         "scaled_dot: XLA's dot takes no e2m1 codes packed two a byte",
     )
 

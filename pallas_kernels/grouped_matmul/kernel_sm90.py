@@ -25,6 +25,8 @@ from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import QuantTensor, quantize
 from pallas_kernels.router import Routing
 
+COMPARED = 1024  # choices up to which all are compared with all
+
 
 class Blocks(NamedTuple):
     """Where the routed rows lie: P = most blocks x rows a block.
@@ -78,21 +80,53 @@ def experts(
 
 
 def lay_out(routing: Routing, rows: int) -> Blocks:
-    """Blocks of `rows` rows for a routing of N tokens: at most N k / rows and one more for every expert."""
+    """Blocks of `rows` rows for a routing of N tokens: at most N k / rows and one more for every expert.
+
+    By gathers and comparisons of all with all, which XLA makes a few kernels of; loops and scatters would be dozens.
+    """
     tokens, k = routing.experts.shape
-    count = len(routing.counts)
-    most = tokens * k // rows + min(count, tokens * k)
+    if tokens == 1:
+        return _of_one_token(routing, rows)
+    choices, count = tokens * k, len(routing.counts)
+    most = choices // rows + min(count, choices)
     of_expert = -(-routing.counts // rows)
-    last = jnp.cumsum(of_expert)
-    expert = jnp.searchsorted(last, jnp.arange(most), side="right").astype(jnp.int32)
-    row_blocks = RowBlocks(jnp.minimum(expert, count - 1), last[-1:].astype(jnp.int32))
-    sorted_expert = routing.experts.reshape(-1)[routing.order]
-    first_row = (last - of_expert) * rows - (jnp.cumsum(routing.counts) - routing.counts)
-    of_sorted = (first_row[sorted_expert] + jnp.arange(tokens * k)).astype(jnp.int32)
-    place = jnp.zeros(tokens * k, jnp.int32).at[routing.order].set(of_sorted)
-    token = jnp.full(most * rows, tokens, jnp.int32).at[of_sorted].set(routing.order // k)
-    factors = jnp.zeros(most * rows, jnp.float32).at[of_sorted].set(routing.weights.reshape(-1)[routing.order])
-    return Blocks(row_blocks, place.reshape(tokens, k), token, factors)
+    first_block, first_sorted = (_before(sizes) for sizes in (of_expert, routing.counts))
+    ended = (first_block + of_expert)[None] <= jnp.arange(most)[:, None]
+    expert = jnp.minimum(jnp.sum(ended, axis=1, dtype=jnp.int32), count - 1)
+    real = jnp.sum(of_expert, dtype=jnp.int32)[None]
+    of_row = jnp.repeat(expert, rows)
+    within = jnp.arange(most * rows) - first_block[of_row] * rows
+    filled = within < routing.counts[of_row]
+    choice = routing.order[jnp.where(filled, first_sorted[of_row] + within, 0)]
+    token = jnp.where(filled, choice // k, tokens).astype(jnp.int32)
+    factors = jnp.where(filled, routing.weights.reshape(-1)[choice], 0).astype(jnp.float32)
+    of_choice = routing.experts.reshape(-1)
+    place = first_block[of_choice] * rows + _inverse(routing.order) - first_sorted[of_choice]
+    return Blocks(RowBlocks(expert, real), place.astype(jnp.int32).reshape(tokens, k), token, factors)
+
+
+def _of_one_token(routing: Routing, rows: int) -> Blocks:
+    """A block for each choice."""
+    _, k = routing.experts.shape
+    first = jnp.arange(k * rows) % rows == 0
+    factors = jnp.where(first, jnp.repeat(routing.weights[0], rows), 0).astype(jnp.float32)
+    token, place = jnp.where(first, 0, 1).astype(jnp.int32), jnp.arange(0, k * rows, rows, dtype=jnp.int32)
+    blocks = RowBlocks(routing.experts[0].astype(jnp.int32), jnp.full(1, k, jnp.int32))
+    return Blocks(blocks, place[None], token, factors)
+
+
+def _before(sizes: jax.Array) -> jax.Array:
+    """The sum of those before each."""
+    at = jnp.arange(len(sizes))
+    return jnp.sum(jnp.where(at[None] < at[:, None], sizes[None], 0), axis=1, dtype=jnp.int32)
+
+
+def _inverse(order: jax.Array) -> jax.Array:
+    """Where each index is in `order`."""
+    at = jnp.arange(len(order))
+    if len(order) > COMPARED:
+        return jnp.zeros_like(order).at[order].set(at.astype(order.dtype))
+    return jnp.sum(jnp.where(order[None] == at[:, None], at[None], 0), axis=1)
 
 
 def _multiply(values, scale, weights, tiling, rows, out_dtype, blocks: Blocks, epilogue=None) -> jax.Array:

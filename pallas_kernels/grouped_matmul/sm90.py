@@ -22,6 +22,7 @@ from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import ObservedWeight, TreatedWeight
 from pallas_kernels.router import Routing
 
+TAKEN = (("e4m3", (BLOCK, BLOCK)), (MXFP4.element, MXFP4.tile))  # weights, but for their scales
 FLOAT32_ROWS = 128  # of a block: the tile of the kernel for many rows
 FLOAT32_MXFP4_ROWS = 32
 
@@ -56,9 +57,10 @@ def unsupported_reason(
 
 def layer_operands_reason(w: Any, activations: QuantFormat | None) -> str | None:
     """Why w, one of the layer's three, is not what the kernels multiply by codes in the format `activations`."""
-    reason_of = mxfp4_reason if is_mxfp4(w) else operands_reason
+    weight, reason_of = stored(w), mxfp4_reason if is_mxfp4(w) else operands_reason
     if reason := reason_of(w, activations, w.shape[-1]):
-        return reason
+        other = isinstance(weight, QuantTensor) and (weight.format.element, weight.format.tile) not in TAKEN
+        return f"{reason}, or MXFP4" if other else reason
     assert activations is not None
     if activations.rounding != "nearest":
         return f"activations are rounded by {activations.rounding}: it rounds to nearest"

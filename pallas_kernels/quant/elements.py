@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float32, Shaped, UInt8, UInt32
 
 from pallas_kernels.formats import ELEMENTS, Element, ElementType
@@ -28,9 +29,18 @@ def encode(x: Float32[Array, "... n"], element: Element, key: jax.Array | None =
 
 
 def decode(stored: Shaped[Array, "... stored"], element: Element) -> UInt32[Array, "... n"]:
-    """Float32 bits of the stored codes: exact, and zero, NaN or a normal number."""
+    """Float32 bits of the stored codes: exact, and zero, NaN or a normal number.
+
+    FP8 is decoded as the integers its codes are. Compiled for a GPU, XLA leaves out a cast to FP8 that a cast back
+    follows (it allows itself excess precision), and with it the rounding that `round_trip` is there for.
+    """
     if element == "e2m1":
         return _float32_bits_of_e2m1(unpack_nibbles(stored))
+    if element == "e4m3":
+        return _float32_bits_of_e4m3(jax.lax.bitcast_convert_type(stored, jnp.uint8))
+    if element == "e5m2":
+        half = jax.lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16) << 8  # its upper byte is an E5M2
+        return bits_of(jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32))
     return bits_of(stored.astype(jnp.float32))
 
 
@@ -76,3 +86,13 @@ def _float32_bits_of_e2m1(codes: UInt8[Array, ...]) -> UInt32[Array, ...]:
     normal = ((magnitude >> 1) + 126) << 23 | (magnitude & 1) << 22
     small = jnp.where(magnitude == 1, jnp.uint32(126 << 23), jnp.uint32(0))
     return (codes >> 3) << 31 | jnp.where(magnitude < 2, small, normal)
+
+
+def _float32_bits_of_e4m3(codes: UInt8[Array, ...]) -> UInt32[Array, ...]:
+    """Bits `s eeee mmm`, bias 7: magnitudes below 8 are subnormal, steps of 2^-9; 127 is NaN."""
+    codes = codes.astype(jnp.uint32)
+    magnitude = codes & 127
+    normal = (magnitude << 20) + ((127 - 7) << 23)
+    small = bits_of(magnitude.astype(jnp.float32) * np.float32(2.0**-9))
+    finite = jnp.where(magnitude < 8, small, normal)
+    return (codes >> 7) << 31 | jnp.where(magnitude == 127, jnp.uint32(0x7FC00000), finite)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
-from pallas_kernels.grouped_matmul.kernel_sm90 import experts, lay_out
+from pallas_kernels.grouped_matmul.kernel_sm90 import COMPARED, experts, lay_out
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, QuantTensor, dequantize, quantize, round_trip
 from pallas_kernels.router import Routing
@@ -34,9 +34,9 @@ def weights():
     return tuple(quantize(jnp.asarray(rng.normal(size=s) * s[-1] ** -0.5, jnp.float32), FP8_BLOCK) for s in shapes)
 
 
-@pytest.mark.parametrize("rows", [8, 16])
-def test_rows_are_laid_out_in_blocks_of_one_expert(rows):
-    chosen = np.random.default_rng(2).integers(0, E, (37, 2))
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 8), (37, 8), (37, 16), (COMPARED, 112)])
+def test_rows_are_laid_out_in_blocks_of_one_expert(tokens, rows):
+    chosen = np.random.default_rng(2).permuted(np.tile(np.arange(E - 1), (tokens, 1)), axis=1)[:, :2]
     routing = routing_of(chosen)
     blocks = jax.device_get(lay_out(routing, rows))
     assert blocks.row_blocks.real[0] == sum(-(-c // rows) for c in np.bincount(chosen.reshape(-1), minlength=E))

@@ -1,5 +1,6 @@
 """QuantTensor and dequantize against the recorded vectors and against exact arithmetic over every code."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quant import FP8_BLOCK, MXFP4, QuantTensor, dequantize
+from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, dequantize, round_trip
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 VECTORS = np.load(ORACLE / "quant_vectors.npz")
@@ -113,3 +114,12 @@ def test_validate_lists_everything_wrong_and_dequantize_refuses():
         dequantize(x)
     with pytest.raises(ValueError, match="multiple of 2"):
         MXFP4.values_shape((4, 33))
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e5m2"])
+def test_no_compiler_can_leave_the_rounding_out(element):
+    """XLA for GPUs drops a cast to FP8 that a cast back follows, and the rounding with it: codes are never cast."""
+    form = dataclasses.replace(FP8_GROUP, element=element)
+    text = jax.jit(lambda x: round_trip(x, form)).lower(jnp.ones((4, 128))).as_text()
+    of_codes = [line for line in text.splitlines() if "(tensor<4x128xf8" in line]
+    assert of_codes and all("bitcast_convert" in line for line in of_codes)

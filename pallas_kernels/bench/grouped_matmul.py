@@ -86,7 +86,8 @@ def _ways(case: GroupedCase) -> Iterator[tuple[str, tuple[int, FewRows | ManyRow
         problem = Problem(m, case.n, case.k, case.weights, case.experts, rows)
         of_table = tilings.tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows)
         tried = [] if of_table is None else [of_table]
-        tried += few_rows_tilings(problem) if rows <= tilings.FEW else ()
+        if rows <= tilings.FEW:  # there are tiles enough: K shared out was measured to be slower throughout
+            tried += [tiling for tiling in few_rows_tilings(problem) if tiling.shares == 1]
         tried += many_rows_tilings(problem)
         yield from ((_name(rows, tiling), (rows, tiling)) for tiling in tried)
 

@@ -24,7 +24,7 @@ TABLE = Path(__file__).with_name("tiling_h100.json")
 DENSE: dict[str, type] = {"few_rows": FewRows, "many_rows": ManyRows}  # of FP8 products
 KINDS = DENSE | {"weight_only": WeightOnly}
 FEW = 32  # rows up to which the kernel for few of them is taken where nothing was measured
-FAR = 4  # see `choose`
+FAR = {"m": 32, "rows": 4}  # see `choose`
 CONSUMERS = 2
 ACCUMULATOR_REGISTERS = 96  # of a thread, for what is worth a try: the rest holds addresses and scales
 LEAST_FINISHED = 32  # columns that a consumer stores: two swizzled tiles of at least 32 bytes a row
@@ -110,10 +110,10 @@ def in_one_order(tiling: FewRows | ManyRows | WeightOnly) -> bool:
 def choose(entries: Iterable[Entry], problem: Problem, fits: Callable[[Any], bool]) -> Entry | None:
     """The entry for `problem`, else for the nearest one, among those whose tiling fits; the fastest of equals.
 
-    Near is first who has the same weights, then who differs by the smallest factors in all sizes together. Blocks of
-    experts with more than FAR times the rows, or fewer, are another regime: nothing is learnt from them.
+    Near is first who has the same weights, then who differs by the smallest factors in all sizes together. Products of
+    more than FAR times the rows, or fewer, are another regime: nothing is learnt from them.
     """
-    found = [entry for entry in entries if fits(entry.tiling) and _apart(entry.problem, problem, "rows") <= FAR]
+    found = [entry for entry in entries if fits(entry.tiling) and not _far(entry.problem, problem)]
     return min(
         found, key=lambda entry: (*_distance(entry.problem, problem), entry.us, str(entry.problem)), default=None
     )
@@ -122,6 +122,10 @@ def choose(entries: Iterable[Entry], problem: Problem, fits: Callable[[Any], boo
 def _distance(measured: Problem, wanted: Problem) -> tuple[bool, float]:
     same = all(getattr(measured, name) == getattr(wanted, name) for name in ("n", "k", "weights"))
     return not same, sum(math.log2(_apart(measured, wanted, field.name)) for field in dataclasses.fields(Problem))
+
+
+def _far(measured: Problem, wanted: Problem) -> bool:
+    return any(_apart(measured, wanted, name) > factor for name, factor in FAR.items())
 
 
 def _apart(measured: Problem, wanted: Problem, name: str) -> float:

@@ -46,6 +46,7 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.scales import scale_product
 
 CONSUMERS = 2
+LEAST_STORED = 16  # columns at a time: a swizzled row of 32 bytes of bfloat16
 
 
 class RowBlocks(NamedTuple):
@@ -100,7 +101,8 @@ def many_rows(
     across = (cluster, 1) if along_rows else (1, cluster)  # tiles of a cluster
     whole = (tile_m * across[0], tile_n * across[1], BLOCK * blocks * tiling.shares)
     columns_finished = columns_each // tiling.shares
-    columns_stored = columns_finished // 2  # at a time
+    pieces = 2 if columns_finished >= 2 * LEAST_STORED else 1  # one is copied out while the next is written
+    columns_stored = columns_finished // pieces
     launched = clusters(cluster * tiling.shares, row_tiles * column_tiles // cluster)
     shares = Shares(tiling.shares, parts * count, WGMMA_ROWS, columns_finished, CONSUMERS, launched)
     assert (m % whole[0], n % whole[1], k % whole[2]) == (0, 0, 0), f"{(m, n, k)} in tiles of {tiling}"
@@ -249,12 +251,12 @@ def many_rows(
                     if factors_gmem is not None:
                         of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
                     y = epilogue(*of_part, of_rows).astype(out_dtype)
-                    for half in range(2):  # one is copied out while the next is written
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        y_smem[warpgroup, half] = y[:, half * columns_stored : (half + 1) * columns_stored]
+                    for piece in range(pieces):
+                        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+                        y_smem[warpgroup, piece] = y[:, piece * columns_stored : (piece + 1) * columns_stored]
                         plgpu.commit_smem()
-                        columns = pl.ds(column_gmem + half * columns_stored, columns_stored)
-                        plgpu.copy_smem_to_gmem(y_smem.at[warpgroup, half], y_gmem.at[rows, columns])
+                        columns = pl.ds(column_gmem + piece * columns_stored, columns_stored)
+                        plgpu.copy_smem_to_gmem(y_smem.at[warpgroup, piece], y_gmem.at[rows, columns])
                 if tiling.shares > 1:
                     shares.take(scratch)
                 return carry + steps
@@ -280,7 +282,7 @@ def many_rows(
             "a": plgpu.SMEM((stages, tile_m, BLOCK), a.dtype, transforms=swizzled(1)),
             "w": plgpu.SMEM((stages, count, tile_n, BLOCK), weights[0][0].dtype, transforms=swizzled(1)),
             "y": plgpu.SMEM(
-                (CONSUMERS, 2, WGMMA_ROWS, columns_stored),
+                (CONSUMERS, pieces, WGMMA_ROWS, columns_stored),
                 out_dtype,
                 transforms=swizzled(jnp.dtype(out_dtype).itemsize, columns_stored),
             ),

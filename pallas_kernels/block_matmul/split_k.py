@@ -1,10 +1,10 @@
 """K shared out among the thread blocks of a cluster: each sums its share, and the shares are added in their order.
 
-Where there are few output tiles, this gives every multiprocessor something to read. A warpgroup stores the parts of its
-sums into the shared memory of the thread block that finishes them, its own included; a barrier there counts the bytes.
-The finisher adds what came, share by share: the order is fixed, and so are the bits.
-
-The interpreter has no stores into another thread block's memory: there the parts go through device memory.
+Where there are few output tiles, this gives every multiprocessor something to read. A warpgroup puts the parts of its
+sums where the others can read them; they meet at a barrier; who finishes a part reads it of all of them, and adds share
+by share. The order is fixed, and so are the bits. What they read is each other's shared memory; in the interpreter,
+which has no such loads, device memory. (On an H100, device memory was slower throughout, and so were Pallas's stores
+into another thread block's memory, by a factor: each carries a fence of the whole device.)
 """
 
 # Pallas's types cannot be followed.
@@ -21,6 +21,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mosaic import exchange
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 
@@ -55,72 +56,64 @@ class Shares:
     def scratch(self) -> dict[str, Any]:
         if self.count == 1:
             return {}
-        taken = plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=self.warpgroups)
-        if is_interpreted():
-            return {"taken": taken, "sent": taken}
-        width = min(128, 4 * self.columns)  # bytes of a row of the swizzle
-        return {
-            "taken": taken,
-            "came": plgpu.Barrier(num_arrivals=self.count * self.parts, num_barriers=self.warpgroups),
-            "shares": plgpu.SMEM(
-                (self.warpgroups, *self._shape()),
-                jnp.float32,
-                transforms=(plgpu.TilingTransform((8, width // 4)), plgpu.SwizzleTransform(width)),
-            ),
-        }
+        met = {"met": plgpu.ClusterBarrier(collective_axes=(AXIS,), num_barriers=self.warpgroups)}
+        return met if is_interpreted() else met | {"shares": plgpu.SMEM(self._of_thread_block(), jnp.float32)}
 
     def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Device memory for the interpreter, by cluster, finisher and warpgroup."""
+        """Device memory for the interpreter, by cluster and thread block."""
         if self.count == 1 or not is_interpreted():
             return ()
-        shape = self.clusters, self.count, self.warpgroups, *self._shape()
-        return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+        return (jax.ShapeDtypeStruct((self.clusters, self.count, *self._of_thread_block()), jnp.float32),)
 
-    def _shape(self) -> tuple[int, ...]:
-        return self.count, self.parts, self.rows, self.columns
+    def _of_thread_block(self) -> tuple[int, ...]:
+        """By warpgroup, finisher and part."""
+        return self.warpgroups, self.count, self.parts, self.rows, self.columns
 
     def send(self, parts: Sequence[jax.Array], to: Any, outputs: Sequence[Any], scratch: dict[str, Any]) -> None:
-        """Sends a warpgroup's parts to thread block `to`."""
-        share, warpgroup = lax.axis_index(AXIS), lax.axis_index("warpgroup")
+        """Puts a warpgroup's parts where thread block `to`, which finishes them, will read them."""
+        warpgroup = lax.axis_index("warpgroup")
+        if is_interpreted():
+            own = outputs[0].at[lax.axis_index("sm"), lax.axis_index(AXIS)]
+        else:
+            own = scratch["shares"]
         for at, part in enumerate(parts):
+            ref = own.at[warpgroup, to, at]
             if is_interpreted():
-                outputs[0].at[lax.axis_index("sm"), to, warpgroup, share, at][...] = part
+                ref[...] = part
             else:
-                plgpu.async_store_smem(
-                    part,
-                    scratch["shares"].at[warpgroup, share, at],
-                    scratch["came"].at[warpgroup],
-                    cluster_idx=to,
-                    cluster_dim=AXIS,
-                )
+                exchange.store(ref, part)
 
     def sent(self, scratch: dict[str, Any]) -> None:
         """Every warpgroup calls it behind its last `send` of a tile."""
-        if is_interpreted():
-            warpgroup = lax.axis_index("warpgroup")
-            plgpu.barrier_arrive(scratch["sent"].at[warpgroup])
-            plgpu.barrier_wait(scratch["sent"].at[warpgroup])
+        if not is_interpreted():
+            exchange.publish()
+        self._meet(scratch)
+        if not is_interpreted():
+            exchange.see()
 
     def receive(self, outputs: Sequence[Any], scratch: dict[str, Any]) -> list[jax.Array]:
         """The sums over all shares of the parts that were sent here."""
-        warpgroup = lax.axis_index("warpgroup")
-        if is_interpreted():
-            came = outputs[0].at[lax.axis_index("sm"), lax.axis_index(AXIS), warpgroup]
-        else:
-            plgpu.barrier_wait(scratch["came"].at[warpgroup])
-            came = scratch["shares"].at[warpgroup]
-        sums = []
-        for at in range(self.parts):
-            total = None
-            for share in range(self.count):
-                part = plgpu.load(came.at[share, at], layout=plgpu.Layout.WGMMA)
-                total = part if total is None else total + part
-            sums.append(total)
-        return sums
+        return [self._sum(at, outputs, scratch) for at in range(self.parts)]
+
+    def _sum(self, part: int, outputs: Sequence[Any], scratch: dict[str, Any]) -> jax.Array:
+        at = lax.axis_index("warpgroup"), lax.axis_index(AXIS), part
+        total = None
+        for share in range(self.count):
+            if is_interpreted():
+                ref = outputs[0].at[lax.axis_index("sm"), share, *at]
+                found = plgpu.load(ref, layout=exchange.LAYOUT, optimized=False)
+            else:
+                found = exchange.load(share, scratch["shares"].at[at])
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
     def take(self, scratch: dict[str, Any]) -> None:
         """Every warpgroup calls it at the end of a tile: what was sent may then be written over."""
-        taken = scratch["taken"].at[lax.axis_index("warpgroup")]
         plgpu.commit_smem()  # all of the warpgroup has read
-        plgpu.barrier_arrive(taken)
-        plgpu.barrier_wait(taken)
+        self._meet(scratch)
+
+    def _meet(self, scratch: dict[str, Any]) -> None:
+        barrier = scratch["met"].at[lax.axis_index("warpgroup")]
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)

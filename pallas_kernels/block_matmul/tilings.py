@@ -27,7 +27,7 @@ FEW = 32  # rows up to which the kernel for few of them is taken where nothing w
 FAR = {"m": 32, "rows": 4}  # see `choose`
 CONSUMERS = 2
 ACCUMULATOR_REGISTERS = 96  # of a thread, for what is worth a try: the rest holds addresses and scales
-LEAST_FINISHED = 32  # columns that a consumer stores: two swizzled tiles of at least 32 bytes a row
+LEAST_FINISHED = 16  # columns that a consumer stores: a swizzled tile of at least 32 bytes a row
 
 
 class TableError(ValueError):

@@ -19,13 +19,16 @@ from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
+from pallas_kernels.grouped_matmul.gather_sm90 import gather
 from pallas_kernels.grouped_matmul.layer import summed
 from pallas_kernels.grouped_matmul.tiling import Mxfp4Rows
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import QuantTensor, quantize
+from pallas_kernels.quant import QuantTensor
+from pallas_kernels.quantize_rows import quantize_rows
 from pallas_kernels.router import Routing
 
 COMPARED = 1024  # choices up to which all are compared with all
+GATHERED = 4096  # rows from which XLA's own gather, byte by byte, is slower
 
 
 class Blocks(NamedTuple):
@@ -61,10 +64,14 @@ def experts(
     of the type of FP8 weights' ones.
     """
     blocks = lay_out(routing, rows)
-    codes = quantize(x, activations)
+    many = len(blocks.token) >= GATHERED
     # Row N is padding: zeros, whose products are zeros.
-    values, scale = (jnp.pad(part, ((0, 1), (0, 0))) for part in (codes.values, scale_bytes(codes.scale)))
-    gathered = values[blocks.token], scale[blocks.token]
+    codes = quantize_rows(x, activations, padded_rows=None if many else len(x) + 1)
+    scale = scale_bytes(codes.scale)
+    if many:
+        gathered = gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
+    else:
+        gathered = codes.values[blocks.token], scale[blocks.token]
 
     def activate(gate, up, factor):
         if limit:
@@ -74,7 +81,7 @@ def experts(
         return hidden * jax.lax.broadcast_in_dim(factor, hidden.shape, across)
 
     hidden = _multiply(*gathered, (w1, w3), gate_up, rows, x.dtype, blocks, epilogue=activate)
-    again = quantize(hidden, activations)
+    again = quantize_rows(hidden, activations, tokens_last=not isinstance(down, ManyRows))
     out = _multiply(again.values, scale_bytes(again.scale), (w2,), down, rows, x.dtype, blocks)
     return summed(out[blocks.place]).astype(x.dtype)
 

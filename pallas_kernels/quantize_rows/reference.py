@@ -22,6 +22,8 @@ def quantize_rows(
     del tokens_last  # an order in memory, which is XLA's own affair here
     if eps is not None:
         x = rms_norm(x, weight, eps)
+        kind = jnp.finfo(x.dtype)  # compiled for a GPU, the rounding to x's dtype would be left out
+        x = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
     if padded_rows is not None:
         x = jnp.pad(x, ((0, padded_rows - x.shape[0]), (0, 0)))
     return quantize(x, form)

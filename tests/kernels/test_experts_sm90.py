@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.grouped_matmul import kernel_sm90
 from pallas_kernels.grouped_matmul.kernel_sm90 import COMPARED, experts, lay_out
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, QuantTensor, dequantize, quantize, round_trip
@@ -70,6 +71,19 @@ def test_the_layer_is_its_reference(rows, tilings, chosen):
     # A last bit of bfloat16 in a hidden row may choose another FP8 code; it does so in few of them.
     assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-2 * rms
     assert np.median(np.abs(got - want)) <= 3e-3 * rms
+
+
+def test_rows_are_gathered_by_a_kernel(monkeypatch):
+    """As where there are many; what lies in rows of padding reaches no token."""
+    monkeypatch.setattr(kernel_sm90, "GATHERED", 0)
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(9, D)), jnp.bfloat16)
+    routing = routing_of([[1, 3], [1, 2], [3, 4]] * 3)
+    how = {"limit": 2.0, "rows": 8, "gate_up": FewRows(2, 2, 2), "down": FewRows(1, 2, 2)}
+    with interpreted():
+        got = np.asarray(experts(x, *weights(), routing, **how))
+    monkeypatch.undo()
+    with interpreted():
+        np.testing.assert_array_equal(got, experts(x, *weights(), routing, **how))
 
 
 def exact(x, routing, limit):

@@ -1,7 +1,4 @@
-"""Benchmarks of MXFP4 experts: FP8 rows sorted by expert, weights read packed. No peer has such a kernel.
-
-Both kernels for them: the one that experts use, and block_matmul's, which adds every 32 columns apart.
-"""
+"""Benchmarks of MXFP4 experts: FP8 rows sorted by expert, weights read packed. No peer has such a kernel."""
 
 from __future__ import annotations
 
@@ -16,20 +13,12 @@ from pallas_kernels.bench import grouped_matmul
 from pallas_kernels.bench.case import Bench, Choice
 from pallas_kernels.bench.grouped_matmul import Rows
 from pallas_kernels.bench.operands import mxfp4_weights_of
-from pallas_kernels.block_matmul.fp4_sm90 import few_rows
-from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.block_matmul.tilings import Problem
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.cases import MXFP4_BENCH, GroupedCase
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.tiling import MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
 from pallas_kernels.mosaic.scales import scale_bytes
-
-APART = {  # of block_matmul's kernel, by rows of a block and weights
-    (8, 1): (FewRows(4, 5, 2, 208), FewRows(4, 5, 2, 160), FewRows(4, 2, 4, 104)),
-    (16, 1): (FewRows(4, 4, 2, 208), FewRows(4, 4, 2, 232)),
-    (8, 2): (FewRows(4, 3, 2, 208),),
-}
 
 
 def benches() -> Iterator[Bench]:
@@ -46,11 +35,7 @@ def bench(case: GroupedCase) -> Bench:
         shared=functools.partial(mxfp4_weights_of, (case.experts, case.n, case.k), case.weights),
         ours={name: functools.partial(run, *way) for name, way in ways.items()},
         choices={
-            name: Choice(
-                "mxfp4" if isinstance(tiling, FewRows) else "mxfp4_experts",
-                Problem(m, case.n, case.k, case.weights, case.experts, rows),
-                tiling,
-            )
+            name: Choice("mxfp4", Problem(m, case.n, case.k, case.weights, case.experts, rows), tiling)
             for name, (rows, tiling) in ways.items()
         },
         xla={},
@@ -63,8 +48,8 @@ def bench(case: GroupedCase) -> Bench:
     )
 
 
-def _tilings(case: GroupedCase, rows: int) -> Iterator[FewRows | Mxfp4Rows]:
-    """The layer's first, then every cut with as many buffers as fit, then those of the other kernel."""
+def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
+    """The layer's first, then every cut with as many buffers as fit."""
     m = case.hit * case.rows
     problem = Problem(m, case.n, case.k, case.weights, case.experts, rows)
     if found := tilings.mxfp4_tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows):
@@ -73,17 +58,13 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[FewRows | Mxfp4Rows]:
         for blocks in STAGE_BLOCKS:
             tried = (Mxfp4Rows(blocks, stages, warpgroups) for stages in range(MOST_STAGES, 1, -1))
             yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
-    yield from APART.get((rows, case.weights), ())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run(rows: int, tiling: FewRows | Mxfp4Rows, sets: tuple[Rows, Any]) -> jax.Array:
+def run(rows: int, tiling: Mxfp4Rows, sets: tuple[Rows, Any]) -> jax.Array:
     made, weights = sets
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how: dict[str, Any] = {"rows": rows, "out_dtype": jnp.bfloat16, "row_blocks": made.blocks[rows]}
     if len(weights) == 2:
         how |= {"factors": made.factors[rows], "epilogue": functools.partial(grouped_matmul.gated, True)}
-    x, tokens_last = made.x[rows].values, made.tokens_last[rows]
-    if isinstance(tiling, FewRows):
-        return few_rows(x, tokens_last, pairs, tiling, **how)
-    return expert_rows(x, tokens_last, pairs, tiling, **how)
+    return expert_rows(made.x[rows].values, made.tokens_last[rows], pairs, tiling, **how)

@@ -40,13 +40,7 @@ class LayerTiling:
     down: FewRows | ManyRows | Mxfp4Rows
 
 
-# mxfp4: of block_matmul.fp4_sm90, which the layer does not use; mxfp4_experts: of fp4_sm90 here.
-KINDS: dict[str, type] = tilings.KINDS | {
-    "mxfp4": FewRows,
-    "mxfp4_experts": Mxfp4Rows,
-    "layer": LayerRows,
-    "mxfp4_layer": LayerRows,
-}
+KINDS: dict[str, type] = tilings.KINDS | {"mxfp4": Mxfp4Rows, "layer": LayerRows, "mxfp4_layer": LayerRows}
 
 
 def tiling(
@@ -80,7 +74,7 @@ def mxfp4_tiling(
     def fits(found: Mxfp4Rows) -> bool:
         return found.blocks in stage_blocks and mxfp4_reason(found, problem) is None
 
-    entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4_experts", ()), problem, fits)
+    entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4", ()), problem, fits)
     return entry.tiling if entry else default_mxfp4(problem, stage_blocks=stage_blocks)
 
 

@@ -228,7 +228,7 @@ def test_tilings():
 def test_benchmarks():
     case = mxfp4.bench(GroupedCase("small", 3, 128, 512, (8,), 2, experts=4, hit=3))
     assert case.ours.keys() == case.choices.keys() and case.usual in case.ours
-    assert {choice.kind for choice in case.choices.values()} == {"mxfp4", "mxfp4_experts"}
+    assert {choice.kind for choice in case.choices.values()} == {"mxfp4"}
     assert case.nbytes == 3 * (2 * 128 * 512 * 17 // 32 + 3 * (512 + 2 * 128))
     layer = expert_layer.bench(LayerCase("small", 3, 512, 512, 4, 2, mxfp4=True))
     sets = layer.sets(1)[0]

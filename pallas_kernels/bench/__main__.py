@@ -35,6 +35,7 @@ OPS = (
     "quantize_rows",
     "weight_only",
     "batch_invariant",
+    "index_scores",
 )
 
 

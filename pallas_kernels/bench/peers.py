@@ -1,4 +1,4 @@
-"""The peers' kernels (DeepGEMM) on the same shapes: the one file here that imports torch.
+"""The peers' kernels (DeepGEMM, FlashMLA) on the same shapes: the one file here that imports torch.
 
 `directory` holds what the peers' wheels unpack to. A kind of kernel is a function of torch and the sizes that gives
 (maker of an input set, call on one).
@@ -13,6 +13,7 @@ from typing import Any
 
 from pallas_kernels.bench.timing import input_sets, microseconds
 
+FLASHMLA = "_flashmla_C.abi3.so"
 Peer = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
@@ -23,7 +24,15 @@ def time_peer(directory: Path, peer: tuple[Any, ...], nbytes: int) -> float:
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
     kind, *sizes = peer
-    make, call = {"gemm": _gemm, "masked": _masked, "contiguous": _contiguous}[kind](torch, *sizes)
+    kinds = {
+        "gemm": _gemm,
+        "masked": _masked,
+        "contiguous": _contiguous,
+        "index": _index,
+        "hc": _hc,
+        "flashmla": _flashmla,
+    }
+    make, call = kinds[kind](torch, *sizes)
     sets = []
     try:
         sets.extend(make() for _ in range(input_sets(nbytes)))
@@ -65,6 +74,73 @@ def _contiguous(torch: Any, experts: int, rows: int, n: int, k: int) -> Peer:
         return _rows(torch, m, k), _weights(torch, experts, n, k), _empty(torch, m, n), expert
 
     return make, lambda sets: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(*sets, disable_ue8m0_cast=True)
+
+
+def _index(torch: Any, batch: int, tokens: int, entries: int, heads: int, width: int, page: int) -> Peer:
+    """Scores of `entries` FP8 keys of each sequence, in pages in random order; the peer's schedule is made before."""
+    import deep_gemm  # pyright: ignore[reportMissingImports]
+
+    pages = batch * entries // page
+
+    def make() -> Any:
+        q = torch.randn(batch, tokens, heads, width, device="cuda").to(torch.float8_e4m3fn)
+        keys = torch.randint(0, 100, (pages, page, 1, width + 4), device="cuda", dtype=torch.uint8)
+        weights = torch.randn(batch * tokens, heads, device="cuda")
+        counts = torch.full((batch, tokens), entries, device="cuda", dtype=torch.int32)
+        table = torch.randperm(pages, device="cuda", dtype=torch.int32).view(batch, -1)
+        schedule = deep_gemm.get_paged_mqa_logits_metadata(counts, page, deep_gemm.get_num_sms())
+        return (q, None), keys, weights, counts, table, schedule, entries
+
+    return make, lambda sets: deep_gemm.fp8_fp4_paged_mqa_logits(*sets, clean_logits=False)
+
+
+def _hc(torch: Any, m: int, k: int) -> Peer:
+    """The products of mHC's `pre` and the sums of squares, of 16 parts of k each, which something else has to add."""
+    import deep_gemm  # pyright: ignore[reportMissingImports]
+
+    mixed, splits = 24, 16
+
+    def make() -> Any:
+        streams = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        fn = torch.randn(mixed, k, device="cuda")
+        return streams, fn, torch.empty(splits, m, mixed, device="cuda"), torch.empty(splits, m, device="cuda")
+
+    return make, lambda sets: deep_gemm.tf32_hc_prenorm_gemm(*sets, num_splits=splits)
+
+
+def _flashmla(torch: Any, batch: int, tokens: int, heads: int, window: int, top: int) -> Peer:
+    """Sparse decode attention over entries of two pools; its schedule is made at the first call."""
+    torch.ops.load_library(str(next(Path(p) / FLASHMLA for p in sys.path if (Path(p) / FLASHMLA).exists())))
+    decode = torch.ops._flashmla_C.sparse_decode_fwd
+    sizes = [max(batch, 32) * entries for entries in (256, 16384)]  # more than the L2 cache holds
+    window_pool, pool = _entries(torch, sizes[0], 256), _entries(torch, sizes[1], 64)
+    sink = torch.zeros(heads, device="cuda")
+
+    def make() -> Any:
+        q = torch.randn(batch, tokens, heads, 512, device="cuda", dtype=torch.bfloat16)
+        named = [
+            torch.randint(0, entries, (batch, tokens, count), device="cuda", dtype=torch.int32)
+            for entries, count in zip(sizes, (window, top), strict=True)
+        ]
+        return q, *named, [None, None]
+
+    def call(sets: Any) -> None:
+        q, window_index, index, schedule = sets
+        _, _, schedule[0], schedule[1] = decode(
+            q, window_pool, window_index, None, sink, *schedule, pool, index, None, 512, 512**-0.5, None
+        )
+
+    return make, call
+
+
+def _entries(torch: Any, entries: int, page: int) -> Any:
+    """Pages of random entries in the interchange layout, [pages, page, 1, 584] over padded storage."""
+    pages, stride = entries // page, -(-page * 584 // 576) * 576
+    raw = torch.randint(0, 120, (pages, stride), device="cuda", dtype=torch.uint8)
+    raw[:, page * 576 : page * 584] = 120  # scales of 2^-7
+    rotary = torch.randn(pages, page, 64, device="cuda", dtype=torch.bfloat16)
+    raw[:, : page * 576].view(pages, page, 576)[:, :, 448:] = rotary.view(torch.uint8).view(pages, page, 128)
+    return raw.view(torch.float8_e4m3fn).as_strided((pages, page, 1, 584), (stride, 584, 584, 1))
 
 
 def _rows(torch: Any, *shape: int) -> tuple[Any, Any]:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
-from pallas_kernels.index_scores import reference
-from pallas_kernels.quant import Rows
+from pallas_kernels.index_scores import reference, sm90
+from pallas_kernels.quant import Pages, Rows
 from pallas_kernels.typing import typed
 
-INDEX_SCORES = Op("index_scores", [reference_candidate(reference.index_scores)])
+INDEX_SCORES = Op(
+    "index_scores",
+    [Candidate("sm90", sm90.index_scores, sm90.unsupported_reason), reference_candidate(reference.index_scores)],
+)
 
 
 @typed
 def index_scores(
-    q: Float[Array, "B T Hi Ki"],
-    keys: Float[Array, "B C Ki"] | Rows,
+    q: Float[Array, "B T Hi Ki"] | Rows,
+    keys: Float[Array, "B C Ki"] | Rows | Pages,
     weights: Float[Array, "B T Hi"],
+    counts: Int[Array, "B T"] | None = None,
     *,
     implementation: str = "auto",
 ) -> Float[Array, "B T C"]:
     """score[b, t, c] = sum over heads h of weights[b, t, h] * relu(q[b, t, h] . keys[b, c]), in float32.
 
-    Queries come as the keys are stored, rotated where they are (`as_cached` of the keys' format). `weights` carry the
-    width^-0.5 and heads^-0.5 factors. Scores of entries a query cannot see are garbage here: `top_k` takes the number
-    of visible ones.
+    Queries come as the keys are stored, rotated where they are: `encode_rows`, or `as_cached`, whose values lie on the
+    format's grid, so that quantising them again is exact. `weights` carry the width^-0.5 and heads^-0.5 factors.
+    counts: how many leading keys each query wants, all by default. Scores of others are garbage, and a page behind
+    those that some query wants is not read, nor is its place in the table: `top_k` takes the same counts.
     """
-    return INDEX_SCORES(q, keys, weights, implementation=implementation)
+    return INDEX_SCORES(q, keys, weights, counts, implementation=implementation)

@@ -7,11 +7,12 @@ from flax import nnx
 
 from dsv4.config import Execution, ModelConfig
 from dsv4.model.attention.compressor import Compressor
+from dsv4.model.attention.select import visible
 from dsv4.model.cache import CompressedCache
-from dsv4.model.layers import Linear
+from dsv4.model.layers import Linear, read
 from dsv4.parameters import SpecTree
 from pallas_kernels.index_scores import index_scores
-from pallas_kernels.quant import Rows, as_cached
+from pallas_kernels.quant import Rows, as_cached, encode_rows
 from pallas_kernels.rotary import rotate
 
 
@@ -44,7 +45,10 @@ class Indexer(nnx.Module):
         q = self.wq_b(q_latent, **self.execution.products)
         q = q.reshape(batch, tokens, self.heads, self.head_dim)
         q = rotate(q, position[..., None].repeat(self.heads, axis=-1), frequencies)
-        q = as_cached(q, self.stored)  # rotated and rounded as the keys are
         weights = self.weights_proj(x, **self.execution.exact_products) * (self.head_dim * self.heads) ** -0.5
         keys, cache = self.compressor(x, start, count, frequencies, cache, implementation)
-        return index_scores(q, keys, weights, implementation=implementation), keys, cache
+        # Rotated and rounded as the keys are; codes where kernels multiply those, numbers where gradients are wanted.
+        quantised = isinstance(keys, Rows) and self.stored.quant is not None
+        q = encode_rows(q, self.stored) if quantised else as_cached(q, self.stored)
+        seen = visible(position, read(self.compressor.ape).shape[0])
+        return index_scores(q, keys, weights, seen, implementation=implementation), keys, cache

@@ -1,0 +1,220 @@
+"""Indexer scores from FP8 keys on Hopper: score[t, c] = s_c sum_h w[t, h] s_th relu(q[t, h] . k_c), float32.
+
+q [T, H, K] and k [C, K] are E4M3 codes, s_c and s_th their scales, which are not negative: they come out of the ReLU.
+Keys are wgmma's M, heads its N; K is one chain of at most 128. Products of heads stay in registers: each is clamped,
+multiplied by the weight of its head (a register of the thread) and added up by its thread, then over four lanes.
+Persistent thread blocks share the items, ITEM keys of one unit (a block of query tokens of one sequence) each, evenly
+by what the units' counts say (schedule.py); a unit's queries stay in shared memory. Three warpgroups:
+
+- the producer copies a unit's queries, and an item's codes and scales a page at a time, running ahead across items and
+  units: stages x 16.5 KB in flight are what hides the latency of memory;
+- two consumers have half the keys of an item each. A consumer issues the wgmmas of all tokens of the unit, then
+  reduces one while the later run, and stores float32 scores straight to memory.
+
+A score is of one key and one query: no split, no order that depends on others. What is stored behind a unit's count is
+of the last key's page at best, and garbage.
+Bound: C (K + 4 + 4 T) bytes / 3.35 TB/s and about 2 us of launch and latency. At 64 heads x 128 and one token 64 keys
+come in 672 cycles of an SM's share of 3 TB/s; their wgmmas take 128, and some 150 instructions of each of a
+scheduler's warps. Not yet measured.
+"""
+
+# Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
+
+from pallas_kernels.index_scores.schedule import walk
+from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, ScoreTiling
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import sm_count
+
+KEYS = ITEM // CONSUMERS  # of a consumer: wgmma's rows
+OF_KEYS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
+OF_HEADS = plgpu.Layout.WGMMA.reduce(0)  # and a column
+QUERIES = 2  # buffers of a unit's queries
+# With many tokens; of the 504 that three warpgroups are launched with.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 104, 200
+IN_FLIGHT = 2  # accumulators: tokens whose products a consumer has the tensor cores make at once
+
+
+class Keys(NamedTuple):
+    """Index keys as they lie in memory, in pages of `size` keys; a sequence's are `size` x its number of pages.
+
+    codes E4M3 [rows, K]: those of page p begin at row p * stride. scale float32 [pages, n]: those of page p are the
+    last `size` of line p. table int32 [B, n]: the page of keys i * size ... None: `shared` says whether page i is page
+    i of every sequence, or sequence b has one page, b.
+    size divides ITEM or is a multiple of it.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    table: jax.Array | None
+    size: int
+    stride: int
+    entries: int
+    shared: bool = False
+
+
+def index_scores(
+    q: jax.Array, q_scale: jax.Array, weights: jax.Array, keys: Keys, counts: jax.Array, tiling: ScoreTiling
+) -> jax.Array:
+    """float32 [B, T, C], C the entries rounded up to ITEM, of q E4M3 [B, T, H, K], q_scale and weights [B, T, H].
+
+    counts int32 [B, T]: keys that a token wants; scores from the most that a block of tokens wants on are garbage, and
+    no page there is looked up. H is a multiple of 8, K 32, 64 or 128; tiling.tokens divides T.
+    """
+    batch, t, heads, width = q.shape
+    tokens, stages = tiling.tokens, tiling.stages
+    of_batch, columns = t // tokens, -(-keys.entries // ITEM) * ITEM
+    assert t % tokens == 0, f"{t} tokens in blocks of {tokens}"
+    assert ITEM % keys.size == 0 or keys.size % ITEM == 0, f"pages of {keys.size} keys"
+    sms = sm_count()
+    part = min(keys.size, ITEM)  # keys of one copy
+    many = tokens > IN_FLIGHT  # the weights of so many do not fit the registers of a launch
+
+    def kernel(q_gmem, q_scale_gmem, weights_gmem, codes_gmem, scale_gmem, table_gmem, counts_gmem, y_gmem, **scratch):
+        q_smem, codes_smem, scale_smem = (scratch[name] for name in ("q", "codes", "scale"))
+        copied_smem, codes_smem = (codes_smem, codes_smem) if is_interpreted() else codes_smem
+        filled, free, q_filled, q_free = (scratch[name] for name in ("filled", "free", "q_filled", "q_free"))
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("sm")
+
+        def of_this_block(segment):
+            return walk(counts_gmem, keys.entries, block, sms, segment)
+
+        @pl.when(warpgroup == CONSUMERS)
+        def _produce():
+            if many:
+                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+
+            def segment(unit, first, items, segments, done):
+                q_slot = lax.rem(segments, QUERIES)
+                pl.when(segments >= QUERIES)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+                for j in range(tokens):
+                    source = q_gmem.at[unit * tokens + j]
+                    plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, j], q_filled.at[q_slot])
+                sequence = lax.div(unit, of_batch)
+                # Of the last item some pages may lie behind the count, where the table is not to be believed.
+                wanted = counts_gmem[unit, 0]
+                for j in range(1, tokens):
+                    wanted = jnp.maximum(wanted, counts_gmem[unit, j])
+                last = lax.div(jnp.minimum(wanted, keys.entries) - 1, keys.size)
+
+                @pl.loop(0, items)
+                def _items(i):
+                    slot = lax.rem(done + i, stages)
+                    begin = (first + i) * ITEM
+                    places = []
+                    for j in range(ITEM // part):
+                        entry = begin + j * part
+                        page = jnp.minimum(lax.div(entry, keys.size), last)
+                        place = lax.rem(entry, keys.size) if keys.size > ITEM else 0
+                        if table_gmem is not None:
+                            page = table_gmem[sequence, page]
+                        elif not keys.shared:
+                            page = sequence
+                        places.append((page, place))
+                    pl.when(done + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    for j, (page, place) in enumerate(places):
+                        held = pl.ds(j * part, part)
+                        rows = pl.ds(page * keys.stride + place, part)
+                        plgpu.copy_gmem_to_smem(codes_gmem.at[rows], copied_smem.at[slot, held], filled.at[slot])
+                        rows = pl.ds(place + (keys.scale.shape[1] - keys.size), part)
+                        plgpu.copy_gmem_to_smem(scale_gmem.at[page, rows], scale_smem.at[slot, held], filled.at[slot])
+
+            segments, done = of_this_block(segment)
+            for total, buffers, barrier in ((done, stages, free), (segments, QUERIES, q_free)):
+
+                @pl.loop(0, buffers)
+                def _wait(i, total=total, buffers=buffers, barrier=barrier):
+                    step = total - buffers + i
+                    pl.when(step >= 0)(lambda: plgpu.barrier_wait(barrier.at[lax.rem(step, buffers)]))
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _consume():
+            if many:
+                plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            held = pl.ds(warpgroup * KEYS, KEYS)
+
+            def segment(unit, first, items, segments, done):
+                q_slot = lax.rem(segments, QUERIES)
+                rows = [unit * tokens + j for j in range(tokens)]
+                factors = [
+                    plgpu.load(weights_gmem.at[row], layout=OF_HEADS, optimized=False).astype(jnp.float32)
+                    * plgpu.load(q_scale_gmem.at[row], layout=OF_HEADS, optimized=False)
+                    for row in rows
+                ]
+                plgpu.barrier_wait(q_filled.at[q_slot])
+
+                @pl.loop(0, items)
+                def _items(i):
+                    slot = lax.rem(done + i, stages)
+                    plgpu.barrier_wait(filled.at[slot])
+                    of_keys = plgpu.load(scale_smem.at[slot, held], layout=OF_KEYS, optimized=False)
+
+                    def multiply(*accumulators, group):
+                        for j, accumulator in zip(group, accumulators, strict=True):
+                            plgpu.wgmma(accumulator, codes_smem.at[slot, held], q_smem.at[q_slot, j].T)
+                        scores = []
+                        for left, j, accumulator in zip(reversed(range(len(group))), group, accumulators, strict=True):
+                            product = wgmma_accumulator_load(accumulator, wait_n=left)
+                            each = jnp.maximum(product, 0.0) * lax.broadcast_in_dim(factors[j], product.shape, [1])
+                            scores.append(jnp.sum(each, axis=1))
+                        return tuple(scores)
+
+                    scores = []
+                    for begin in range(0, tokens, IN_FLIGHT):
+                        group = range(begin, min(begin + IN_FLIGHT, tokens))
+                        fresh = [plgpu.ACC((KEYS, heads), jnp.float32)] * len(group)
+                        scores += pl.run_scoped(functools.partial(multiply, group=group), *fresh)
+                    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                    plgpu.barrier_arrive(free.at[slot])
+                    columns = pl.ds((first + i) * ITEM + warpgroup * KEYS, KEYS)
+                    for row, score in zip(rows, scores, strict=True):
+                        y_gmem[row, columns] = score * of_keys
+
+                plgpu.barrier_arrive(q_free.at[q_slot])
+
+            of_this_block(segment)
+
+    swizzle = plgpu.SwizzleTransform(width)
+    tiled = plgpu.TilingTransform((8, width)), swizzle
+    # One memory by two names. Rows are a swizzle wide, so that tiles of eight rows lie as rows do; but a copy that
+    # knows of tiles begins at a multiple of eight rows, which a page of 66 or so does not.
+    copied, codes = (plgpu.SMEM((stages, ITEM, width), keys.codes.dtype, transforms=how) for how in ((swizzle,), tiled))
+    y = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((batch * t, columns), jnp.float32),
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        scratch_types={
+            "q": plgpu.SMEM((QUERIES, tokens, heads, width), q.dtype, transforms=tiled),
+            "codes": codes if is_interpreted() else plgpu.RefUnion(copied, codes),
+            "scale": plgpu.SMEM((stages, ITEM), jnp.float32),
+            "filled": plgpu.Barrier(num_arrivals=2 * (ITEM // part), num_barriers=stages),
+            "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+            "q_filled": plgpu.Barrier(num_arrivals=tokens, num_barriers=QUERIES),
+            "q_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=QUERIES),
+        },
+    )(
+        q.reshape(batch * t, heads, width),
+        q_scale.reshape(batch * t, heads),
+        weights.reshape(batch * t, heads),
+        keys.codes,
+        keys.scale,
+        keys.table,
+        counts.reshape(batch * of_batch, tokens),
+    )
+    return y.reshape(batch, t, columns)

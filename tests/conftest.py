@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("DSV4_TYPECHECK", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "16")  # XLA's threads: with two, interpreted kernels of many threads wait for ever
 
 import jax
 import pytest

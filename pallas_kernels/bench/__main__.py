@@ -36,6 +36,8 @@ OPS = (
     "weight_only",
     "batch_invariant",
     "index_scores",
+    "hyper_connection",
+    "router",
 )
 
 

@@ -54,7 +54,8 @@ def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:
 
 
 def post(streams: jax.Array, out: jax.Array, mix: Mix) -> jax.Array:
-    carried = jnp.einsum("...ij,...id->...jd", mix.comb, streams.astype(jnp.float32))
+    # In full: GPUs would round both to TF32, 11 bits.
+    carried = jnp.einsum("...ij,...id->...jd", mix.comb, streams.astype(jnp.float32), precision="highest")
     written = mix.post[..., None] * out.astype(jnp.float32)[..., None, :]
     return (written + carried).astype(streams.dtype)
 
@@ -75,7 +76,7 @@ def _project(streams: jax.Array, fn: jax.Array, norm_eps: float) -> jax.Array:
 
 
 def _weighted_sum(weights: jax.Array, streams: jax.Array) -> jax.Array:
-    return jnp.einsum("...n,...nd->...d", weights, streams.astype(jnp.float32))
+    return jnp.einsum("...n,...nd->...d", weights, streams.astype(jnp.float32), precision="highest")
 
 
 def _per_row(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -17,5 +17,6 @@ def index_scores(
     if isinstance(keys, Pages):
         keys = take_paged(keys, jnp.broadcast_to(jnp.arange(keys.rows, dtype=jnp.int32), (q.shape[0], keys.rows)))
     plain = decode_rows(keys, q.dtype) if isinstance(keys, Rows) else keys.astype(q.dtype)
-    products = jnp.einsum("bthk,bck->bthc", q, plain, preferred_element_type=jnp.float32)
-    return jnp.einsum("bthc,bth->btc", jax.nn.relu(products), weights.astype(jnp.float32))
+    exact = "highest" if q.dtype == jnp.float32 else None  # else GPUs round to TF32
+    products = jnp.einsum("bthk,bck->bthc", q, plain, precision=exact, preferred_element_type=jnp.float32)
+    return jnp.einsum("bthc,bth->btc", jax.nn.relu(products), weights.astype(jnp.float32), precision="highest")

@@ -1,0 +1,203 @@
+"""Routing on Hopper against the reference: the same choice, counts and order, ties and NaN included."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.bench import router as bench
+from pallas_kernels.bench.case import disagreement
+from pallas_kernels.device import KINDS, pretend
+from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.mosaic import interpreted
+from pallas_kernels.router import kernel_sm90, reference, router, sm90
+from pallas_kernels.router.cases import BENCH, RouterCase
+from pallas_kernels.router.kernel_sm90 import Rules, scored
+from pallas_kernels.router.tiling import TILE, chunks_each
+
+HOPPER = KINDS["H100 / H200"]
+
+
+def inputs(tokens, experts=128, columns=256, seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(tokens, columns)), jnp.bfloat16)
+    weight = jnp.asarray(rng.normal(size=(experts, columns)) / columns**0.5, jnp.float32)
+    return x, weight, jnp.asarray(rng.normal(size=experts) / 10, jnp.float32)
+
+
+def run(*arguments, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.5):
+    with interpreted():
+        return jax.block_until_ready(kernel_sm90.router(*arguments, Rules(k, scoring, normalize, scale)))
+
+
+def check(got, *arguments, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.5):
+    """Bit for bit, but for rounding in scores and weights."""
+    want = reference.router(*arguments, k=k, scoring=scoring, normalize=normalize, scale=scale)
+    for name in ("experts", "counts", "order"):
+        ours, theirs = getattr(got, name), getattr(want, name)
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    for name in ("scores", "weights"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "columns", "k", "scoring", "normalize"),
+    [
+        (1, 128, 256, 6, "sqrtsoftplus", True),
+        (9, 256, 256, 8, "sigmoid", True),
+        (17, 128, 256, 1, "softmax", True),
+        (3, 128, 384, 2, "sqrtsoftplus", False),
+    ],
+)
+def test_kernel(tokens, experts, columns, k, scoring, normalize):
+    arguments = *inputs(tokens, experts, columns), None
+    how = {"k": k, "scoring": scoring, "normalize": normalize}
+    check(run(*arguments, **how), *arguments, **how)
+
+
+@pytest.mark.parametrize("chunks", [2])
+def test_several_chunks_a_block(monkeypatch, chunks):
+    monkeypatch.setattr(kernel_sm90, "chunks_each", lambda *_: chunks)
+    arguments = *inputs(2, 128, 512), None
+    check(run(*arguments), *arguments)
+
+
+def test_a_matrix_in_bfloat16_and_no_bias():
+    x, weight, _ = inputs(2)
+    arguments = x, weight.astype(jnp.bfloat16), None, None
+    check(run(*arguments), *arguments)
+
+
+def test_given_experts_even_twice_the_same():
+    table = jnp.asarray([[5, 5], [127, 0], [5, 0]], jnp.int32)
+    arguments = *inputs(3)[:2], None, table
+    check(run(*arguments), *arguments)
+
+
+def test_ties_go_to_the_lower_expert_and_all_to_the_same():
+    x, weight, _ = inputs(70)
+    bias = jnp.zeros(128).at[jnp.asarray([3, 64, 127])].set(1)
+    arguments = x, 0 * weight, bias, None
+    got = run(*arguments, k=4)
+    check(got, *arguments, k=4)
+    assert got.experts.tolist() == [[3, 64, 127, 0]] * 70 and got.counts[3] == 70
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the simulated wgmma's, of infinities
+def test_a_token_that_is_not_finite_spoils_no_other():
+    """It gets experts that exist, and NaN for weights."""
+    x, weight, bias = inputs(4)
+    good = run(x, weight, bias, None)
+    bad = x.at[1].set(jnp.nan).at[2, 5].set(jnp.inf)
+    got = run(bad, weight, bias, None)
+    for name in ("experts", "weights", "scores"):
+        ours, theirs = np.asarray(getattr(got, name)), np.asarray(getattr(good, name))
+        np.testing.assert_array_equal(ours[[0, 3]], theirs[[0, 3]])
+    chosen = np.asarray(got.experts)
+    assert chosen.min() >= 0 and chosen.max() < 128 and all(len(set(row)) == 2 for row in chosen.tolist())
+    np.testing.assert_array_equal(got.counts, np.bincount(chosen.reshape(-1), minlength=128))
+    np.testing.assert_array_equal(got.order, np.argsort(chosen.reshape(-1), kind="stable"))
+    assert np.isnan(np.asarray(got.weights)[1]).all()
+
+
+def test_experts_that_a_bias_of_minus_infinity_rules_out():
+    """Behind those that it leaves, the lowest ones, and none twice."""
+    x, weight, _ = inputs(2)
+    bias = jnp.full(128, -jnp.inf).at[77].set(0)
+    got = run(x, weight, bias, None, k=3)
+    assert got.experts.tolist() == [[77, 0, 1]] * 2
+
+
+def test_permuted_tokens_give_permuted_bits():
+    x, weight, bias = inputs(6)
+    order = np.random.default_rng(1).permutation(6)
+    whole, permuted = run(x, weight, bias, None), run(x[order], weight, bias, None)
+    for name in ("experts", "weights", "scores"):
+        np.testing.assert_array_equal(getattr(permuted, name), np.asarray(getattr(whole, name))[order])
+
+
+def test_scores_keep_their_digits_where_softplus_is_small():
+    logits = jnp.asarray([-200.0, -100, -80, -30, -17, -16, -5, -1e-3, 0, 1e-3, 5, 30, 200, np.nan])
+    for scoring in ("sqrtsoftplus", "sigmoid"):
+        want = reference._score(logits, scoring)
+        np.testing.assert_allclose(scored(logits, scoring), want, rtol=2e-6)
+
+
+def test_through_the_api_with_gradients():
+    x, weight, bias = inputs(2)
+
+    def total(implementation, x, weight):
+        got = router(
+            x, weight, bias, None,
+            k=2, scoring="sqrtsoftplus", normalize=True, scale=1.5, implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(got.weights * jnp.array([[1.0, 2.0]])) + jnp.sum(got.scores**2)
+
+    of = functools.partial(jax.grad, argnums=(0, 1))
+    with pretend(HOPPER), interpreted():
+        got = jax.block_until_ready(of(functools.partial(total, "sm90"))(x, weight))
+    for ours, theirs in zip(got, of(functools.partial(total, "reference"))(x, weight), strict=True):
+        assert disagreement(ours, theirs) is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"x": jnp.float32}, "x is float32: it takes bfloat16, which products with bfloat16 terms keep exact"),
+        ({"tokens": 129}, "there are 129 tokens: it takes 1 to 128"),
+        ({"tokens": 0}, "there are 0 tokens: it takes 1 to 128"),
+        ({"experts": 8}, "there are 8 experts: it takes multiples of 128 up to 512"),
+        (
+            {"columns": 192},
+            "a matrix of (256, 192): it takes parts of 128 columns, 2 to what the device holds",
+        ),
+        ({"k": 9}, "a token takes 9 experts: it takes 1 to 8"),
+        ({"scoring": "relu"}, "scoring is 'relu': it takes sqrtsoftplus, sigmoid, softmax"),
+        ({}, None),
+    ],
+)
+def test_refusals(changed, reason):
+    call = {"x": jnp.bfloat16, "tokens": 3, "experts": 256, "columns": 4096, "k": 6, "scoring": "softmax"} | changed
+    x = jax.ShapeDtypeStruct((call["tokens"], call["columns"]), call["x"])
+    weight = jax.ShapeDtypeStruct((call["experts"], call["columns"]), jnp.float32)
+    how = {"k": call["k"], "scoring": call["scoring"], "normalize": True, "scale": 1.0}
+    with pretend(HOPPER):
+        assert sm90.unsupported_reason(x, weight, None, None, **how) == reason
+
+
+def test_a_named_kernel_is_refused_here():
+    with pytest.raises(UnsupportedError, match="router cannot run: sm90: cpu is no Hopper GPU"):
+        router(
+            *inputs(1), None,
+            k=2, scoring="sigmoid", normalize=True, scale=1.0, implementation="sm90",
+        )  # fmt: skip
+
+
+def test_every_thread_block_runs_at_once():
+    for experts in (128, 256, 384, 512):
+        for columns in (1024, 4096, 7168):
+            for multiprocessors in (132, 114):
+                chunks = chunks_each(experts, columns, multiprocessors)
+                assert chunks and experts // TILE * columns // 128 // chunks <= multiprocessors
+
+
+@pytest.mark.parametrize("case", [BENCH[0], BENCH[-1], RouterCase("odd", 100)], ids=lambda case: case.name)
+def test_lowers_for_a_gpu(case):
+    """What the interpreter does not know: layouts, transfers, and the three steps in one launch."""
+    sets = jax.eval_shape(functools.partial(bench.inputs, case), jax.eval_shape(lambda: jax.random.key(0)))
+    bench.run.trace(case.k, sets).lower(lowering_platforms=("cuda",))
+
+
+def test_a_benchmark_computes_what_it_says():
+    case = bench.bench(RouterCase("small", 3, 128, 256, 2))
+    sets = case.sets(1)[0]
+    want = case.reference(sets)
+    with interpreted():
+        got = jax.block_until_ready(kernel_sm90.router(*sets, None, Rules(2, "sqrtsoftplus", True, bench.SCALE)))
+    assert case.wrong(got, want) is None
+    assert case.wrong(got._replace(order=got.order[::-1]), want) == "rows are out of order"
+    assert case.wrong(got._replace(counts=got.counts[::-1]), want) == "counts are not those of the experts"
+    assert len(list(bench.benches())) == len(BENCH) and case.ours and case.limit > 0

@@ -23,8 +23,21 @@ def write_ring(
     slots, tokens = ring.shape[1], rows.shape[1]
     token = jnp.arange(tokens)[None]
     kept = (token < count[:, None]) & (token >= count[:, None] - slots)
-    slot = jnp.where(kept, (start[:, None] + token) % slots, slots)
-    return ring.at[jnp.arange(ring.shape[0])[:, None], slot].set(rows.astype(ring.dtype), mode="drop")
+    slot = jnp.where(kept, (start[:, None] + token) % slots, slots + token)
+    return put_rows(ring, slot, rows.astype(ring.dtype))
+
+
+@typed
+def put_rows(
+    pool: Shaped[Array, "B N w"], index: Int[Array, "B n"], rows: Shaped[Array, "B n w"]
+) -> Shaped[Array, "B N w"]:
+    """Row index[b, i] of each sequence becomes rows[b, i]; indices must differ, and those from N on are dropped.
+
+    In place where the pool is donated or not used any more; on CPUs, where XLA has no arithmetic for FP8, it converts a
+    whole FP8 pool and back.
+    """
+    sequence = jnp.arange(pool.shape[0])[:, None]
+    return pool.at[sequence, index].set(rows, mode="drop", unique_indices=True)
 
 
 @typed

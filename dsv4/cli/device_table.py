@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 import jax
 
-from dsv4.cli.implementations import Calls, traced_calls
+from dsv4.cli.implementations import traced_calls
 from dsv4.config import ModelConfig
+from dsv4.config.execution import Float
 from dsv4.config.recipe import Recipe
 from pallas_kernels.block_matmul.sm90 import NO_HOPPER
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import Call
 from pallas_kernels.formats import QuantFormat, format_name
-from pallas_kernels.quant import QuantTensor
+from pallas_kernels.quant import QuantTensor, Rows
 
 PLAIN = "plain"  # operands that no recipe has rounded
 
@@ -44,15 +45,26 @@ class Row:
     cells: dict[str, Cell]
 
 
-def device_table(calls: Calls) -> list[Row]:
-    """A row for every op and kind of operands, a cell for every device of KINDS."""
-    groups: dict[tuple[str, str], list[Call]] = {}
-    for phase_calls in calls.values():
-        for call in phase_calls:
-            groups.setdefault((call.op.name, _operands(call)), []).append(call)
+def device_table(config: ModelConfig, recipe: Recipe | None) -> list[Row]:
+    """A row for every op and kind of operands, a cell for every device of KINDS; `recipe` as in `traced_calls`.
+
+    A model runs in the dtype that a device multiplies in: it is traced once in each.
+    """
+    dtypes: tuple[Float, ...] = "float32", "bfloat16"
+    calls = {dtype: traced_calls(config, recipe, dtype) for dtype in dtypes}
+    groups: dict[tuple[str, str], dict[str, list[Call]]] = {}
+    for dtype, of_phases in calls.items():
+        for phase_calls in of_phases.values():
+            for call in phase_calls:
+                groups.setdefault((call.op.name, _operands(call)), {}).setdefault(dtype, []).append(call)
     return [
-        Row(op, operands, len(group[0].op.candidates) > 1, {name: _cell(name, group) for name in KINDS})
-        for (op, operands), group in sorted(groups.items())
+        Row(
+            op,
+            operands,
+            any(len(call.op.candidates) > 1 for group in by_dtype.values() for call in group),
+            {name: _cell(name, by_dtype.get(kind.matmul_dtype, [])) for name, kind in KINDS.items()},
+        )
+        for (op, operands), by_dtype in sorted(groups.items())
     ]
 
 
@@ -60,7 +72,7 @@ def recipe_table(config: ModelConfig, recipe: Recipe) -> list[Row]:
     """The rows of one layer of `config` under `recipe`: the one with the most ops."""
     fullest = max(config.layers, key=lambda layer: ("window", "full", "hca", "csa").index(layer.kind))
     one = dataclasses.replace(config, layers=(fullest,), moe=dataclasses.replace(config.moe, hash_layers=0))
-    return device_table(traced_calls(one, recipe))
+    return device_table(one, recipe)
 
 
 def _cell(device: str, calls: Iterable[Call]) -> Cell:
@@ -71,8 +83,11 @@ def _cell(device: str, calls: Iterable[Call]) -> Cell:
 
 
 def _operands(call: Call) -> str:
-    parts = jax.tree.leaves(call.args, is_leaf=lambda part: isinstance(part, QuantTensor))
-    weights = dict.fromkeys(format_name(part.format) for part in parts if isinstance(part, QuantTensor))
+    stored = (QuantTensor, Rows)
+    parts = jax.tree.leaves(call.args, is_leaf=lambda part: isinstance(part, stored))
+    forms = [part.format for part in parts if isinstance(part, QuantTensor)]
+    forms += [part.format.quant for part in parts if isinstance(part, Rows) and part.format.quant is not None]
+    weights = dict.fromkeys(format_name(form) for form in forms)
     activations: QuantFormat | None = call.kwargs.get("activations")
     if not weights:
         return PLAIN
@@ -98,7 +113,7 @@ def markdown(config: ModelConfig, recipes: Iterable[Recipe]) -> str:
         for row in quantised or choices:
             ops.setdefault(_texts(row.cells, notes), []).append(row.op)
         for cells, names in ops.items():
-            rows.setdefault((tuple(names), cells), []).append(recipe.name)
+            rows.setdefault((tuple(dict.fromkeys(names)), cells), []).append(recipe.name)
     lines = [(", ".join(names), ", ".join(ops), *cells) for (ops, cells), names in rows.items()]
     lines.append(("all", "what references multiply in", *_dtypes(notes)))
     table = [("recipe", "op", *KINDS), ("---",) * (2 + len(KINDS)), *lines]

@@ -58,7 +58,7 @@ class Doctor:
             from dsv4.cli.implementations import chosen_implementations, traced_calls
 
             calls = traced_calls(named.model, recipe)
-            table = device_table(calls)
+            table = device_table(named.model, recipe)
             facts = {
                 "versions": versions(),
                 "devices": devices(),

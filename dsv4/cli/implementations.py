@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from dsv4.config import ConfigError, Execution, ModelConfig
+from dsv4.config.execution import Float
 from dsv4.config.recipe import Recipe, execution_for
 from dsv4.decoding.run import extend_body
 from dsv4.model.cache import init_cache
@@ -28,13 +29,14 @@ PHASES = {"prefill": (512, 1), "decode": (1, 8)}
 Calls = dict[str, list[Call]]  # phase -> what happened in it
 
 
-def traced_calls(config: ModelConfig, recipe: Recipe | None = None) -> Calls:
+def traced_calls(config: ModelConfig, recipe: Recipe | None = None, dtype: Float | None = None) -> Calls:
     """Every call of an op in a prefill chunk and in a decode step of `config`, one layer of each kind.
 
-    recipe: the formats of weights, activations and cache; None for those that `config` is stored in. Raises ConfigError
-    for one that cannot hold the shapes of `config`.
+    recipe: the formats of weights, activations and cache; None for those that `config` is stored in. dtype: that the
+    model runs in, this machine's by default. Raises ConfigError for formats that cannot hold the shapes of `config`.
     """
-    base = Execution(dtype="float32" if jax.default_backend() == "cpu" else "bfloat16", precision="default")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    base = Execution(dtype=dtype, precision="default")
     if recipe is None:
         execution = execution_for(config.storage, base)
     else:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from dsv4.config import Execution, LayerConfig, ModelConfig
-from pallas_kernels.compress import CompressorState, Entries, initial_state
+from pallas_kernels.compress import CompressorState, initial_state
 from pallas_kernels.quant import Rows, decode_rows, empty_rows, encode_rows
 from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
 from pallas_kernels.row_format import RowFormat
@@ -92,12 +92,3 @@ def write_window(ring: Rows, kv: jax.Array, start: jax.Array, count: jax.Array) 
 def read_window(ring: Rows, first: jax.Array, count: int, dtype: DTypeLike) -> jax.Array:
     """The keys [B, count, K] of positions first[b] .., as `read_ring` has them."""
     return decode_rows(jax.tree.map(lambda leaf: read_ring(leaf, first, count), ring), dtype)
-
-
-def write_entries(cache: Rows, entries: Entries) -> Rows:
-    """Puts finished entries at their numbers; unfinished ones are dropped."""
-    number = jnp.arange(entries.values.shape[1])[None]
-    slot = jnp.where(number < entries.closed[:, None], entries.first[:, None] + number, cache.shape[1])
-    row = jnp.arange(cache.shape[0])[:, None]
-    new = encode_rows(entries.values, cache.format)
-    return jax.tree.map(lambda leaf, rows: leaf.at[row, slot].set(rows, mode="drop"), cache, new)

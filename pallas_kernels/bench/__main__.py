@@ -36,6 +36,7 @@ OPS = (
     "weight_only",
     "batch_invariant",
     "index_scores",
+    "compress",
     "hyper_connection",
     "router",
 )

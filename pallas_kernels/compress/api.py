@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.compress import reference
+from pallas_kernels.compress import reference, sm90
 from pallas_kernels.compress.reference import CompressorState, Entries, initial_state
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.quant.rows import Rows
 from pallas_kernels.typing import typed
 
-COMPRESS = Op("compress", [reference_candidate(reference.compress)])
+COMPRESS = Op(
+    "compress",
+    [
+        Candidate("sm90", sm90.compress_into, sm90.unsupported_reason),
+        reference_candidate(reference.compress_into),
+    ],
+)
 
-__all__ = ["CompressorState", "Entries", "compress", "initial_state"]
+__all__ = ["CompressorState", "Entries", "compress", "compress_into", "initial_state"]
 
 
 @typed
@@ -27,14 +34,39 @@ def compress(
     frequencies: Float[Array, " half"],
     *,
     norm_eps: float,
-    implementation: str = "auto",
 ) -> tuple[Entries, CompressorState | None]:
     """Pools the first `count` rows (tokens start..start+count-1) of each sequence together with its open block.
 
     w = K pools each block alone (HCA); w = 2K overlaps (CSA): entry e pools the first half of block e-1 and the
     second half of block e, and block -1 does not exist. Entries are RMS-normed and rotated at position e*m. Rows
-    beyond `count` change nothing. `state=None` means start is 0 everywhere and nothing is carried on.
+    beyond `count` change nothing. `state=None` means start is 0 everywhere and nothing is carried on. Differentiable,
+    and the reference on every device; `compress_into` is what decoding runs.
+    """
+    return reference.compress(kv, gate, state, start, count, ape, norm_weight, frequencies, norm_eps=norm_eps)
+
+
+@typed
+def compress_into(
+    rows: Rows,
+    kv: Float[Array, "B T w"],
+    gate: Float[Array, "B T w"],
+    state: CompressorState,
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    ape: Float[Array, "m w"],
+    norm_weight: Float[Array, " K"],
+    frequencies: Float[Array, " half"],
+    *,
+    norm_eps: float,
+    implementation: str = "auto",
+) -> tuple[Rows, CompressorState]:
+    """`compress`, with every entry that closes encoded as row `number` of the cache `rows` [B, N, K], in its format.
+
+    Rows and state are updated in place where the caller donates them (jit) or has no use for them any more: no other
+    row is read or written. Entries with numbers from N on are dropped. A sequence's bits depend on no other. A kernel
+    adds in an order of its own: one code in some ten thousand is its neighbour, where a value lies on the boundary.
     """
     return COMPRESS(
-        kv, gate, state, start, count, ape, norm_weight, frequencies, norm_eps=norm_eps, implementation=implementation
-    )
+        rows, kv, gate, state, start, count, ape, norm_weight, frequencies,
+        norm_eps=norm_eps, implementation=implementation,
+    )  # fmt: skip

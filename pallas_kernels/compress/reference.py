@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
+from pallas_kernels.quant.rows import Rows, encode_rows
+from pallas_kernels.ring import MAX_STEP, put_rows, read_ring, write_ring
 from pallas_kernels.rotary import rotate
 
 
@@ -58,17 +59,41 @@ def compress(
         kv_rows, gate_rows = (_pad_front(rows[:, : blocks * m], history * m) for rows in (kv, gate))
     else:
         blocks = (kv.shape[1] + m - 1) // m  # the most that can close: the open block may hold m - 1 rows already
-        kv_rows, gate_rows = (
-            _append(
-                read_ring(ring, (first - history) * m, (history + 1) * m), rows, start % m + history * m, blocks * m
-            )
-            for ring, rows in ((state.kv, kv), (state.gate, gate))
-        )
         carried = CompressorState(write_ring(state.kv, kv, start, count), write_ring(state.gate, gate, start, count))
+        from_block = (first - history) * m
+        if kv.shape[1] <= MAX_STEP:
+            # From the new rings, which still hold all of it: to read the old ones beside them XLA would copy them.
+            kv_rows, gate_rows = (read_ring(ring, from_block, (history + blocks) * m) for ring in carried)
+        else:
+            kv_rows, gate_rows = (
+                _append(read_ring(ring, from_block, (history + 1) * m), rows, start % m + history * m, blocks * m)
+                for ring, rows in ((state.kv, kv), (state.gate, gate))
+            )
     pooled = _pool(kv_rows, gate_rows, ape.astype(jnp.float32), blocks, width, first)
     entry = first[:, None] + jnp.arange(blocks)[None]
     values = rotate(rms_norm(pooled, norm_weight, norm_eps), entry * m, frequencies)
     return Entries(values, first, closed), carried
+
+
+def compress_into(
+    rows: Rows,
+    kv: jax.Array,
+    gate: jax.Array,
+    state: CompressorState,
+    start: jax.Array,
+    count: jax.Array,
+    ape: jax.Array,
+    norm_weight: jax.Array,
+    frequencies: jax.Array,
+    *,
+    norm_eps: float,
+) -> tuple[Rows, CompressorState]:
+    entries, after = compress(kv, gate, state, start, count, ape, norm_weight, frequencies, norm_eps=norm_eps)
+    assert after is not None
+    i = jnp.arange(entries.values.shape[1])[None]
+    number = jnp.where(i < entries.closed[:, None], entries.first[:, None] + i, rows.shape[1] + i)
+    new = encode_rows(entries.values, rows.format)
+    return jax.tree.map(lambda leaf, values: put_rows(leaf, number, values), rows, new), after
 
 
 def _pool(kv: jax.Array, gate: jax.Array, ape: jax.Array, blocks: int, width: int, first: jax.Array) -> jax.Array:

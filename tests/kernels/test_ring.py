@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from pallas_kernels.ring import MAX_STEP, read_ring, write_ring
+from pallas_kernels.ring import MAX_STEP, put_rows, read_ring, write_ring
 
 LOOK_BACK = 5
 SLOTS = LOOK_BACK + MAX_STEP - 1
@@ -54,3 +55,21 @@ def test_rejected_drafts_leave_the_look_back_whole():
         first = max(0, start - LOOK_BACK + 1)
         got = read(ring, jnp.array([first]), LOOK_BACK - 1)[0, : start - first]
         np.testing.assert_array_equal(got, rows_at(range(first, start)).reshape(-1, 2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8, jnp.float8_e4m3fn])
+def test_rows_are_put_where_they_belong_in_place(dtype):
+    pool = jnp.asarray(np.arange(3 * 64 * 32).reshape(3, 64, 32) % 200, dtype)
+    rows = jnp.asarray(np.arange(3 * 2 * 32).reshape(3, 2, 32) % 100 + 7, dtype)
+    index = np.array([[5, 64], [0, 63], [70, 71]], np.int32)
+    want = np.array(pool)
+    for b, line in enumerate(index):
+        for i, n in enumerate(line):
+            if n < 64:
+                want[b, n] = rows[b, i]
+    put = jax.jit(put_rows, donate_argnums=0).lower(pool, index, rows).compile()
+    memory = put.memory_analysis()
+    np.testing.assert_array_equal(np.asarray(put(pool, index, rows)).view(np.uint8), want.view(np.uint8))
+    assert memory.alias_size_in_bytes == pool.nbytes
+    if dtype != jnp.float8_e4m3fn:  # which XLA converts on CPUs
+        assert memory.temp_size_in_bytes < pool.nbytes

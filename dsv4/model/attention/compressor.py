@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsv4.config import Execution
-from dsv4.model.cache import CompressedCache, write_entries
+from dsv4.model.cache import CompressedCache
 from dsv4.model.layers import Linear, RMSNorm, declare, read
 from dsv4.parameters import SpecTree
-from pallas_kernels.compress import compress
+from pallas_kernels.compress import compress, compress_into
 from pallas_kernels.quant import Rows, as_cached
 from pallas_kernels.row_format import RowFormat
 
@@ -42,12 +42,11 @@ class Compressor(nnx.Module):
         wide = x.astype(jnp.float32)  # the released code projects and pools in float32
         how: Any = {"out_dtype": jnp.float32, "batch_invariant": self.execution.batch_invariant}
         kv, gate = self.wkv(wide, **how), self.wgate(wide, **how)
-        before = None if cache is None else cache.state
-        entries, state = compress(
-            kv, gate, before, start, count, read(self.ape), read(self.norm.weight), frequencies,
-            norm_eps=self.norm.eps, implementation=implementation,
-        )  # fmt: skip
-        if cache is None or state is None:
+        fixed = start, count, read(self.ape), read(self.norm.weight), frequencies
+        if cache is None:
+            entries, _ = compress(kv, gate, None, *fixed, norm_eps=self.norm.eps)
             return as_cached(entries.values, self.stored).astype(x.dtype), None
-        written = write_entries(cache.entries, entries)
-        return written, CompressedCache(written, state)
+        rows, state = compress_into(
+            cache.entries, kv, gate, cache.state, *fixed, norm_eps=self.norm.eps, implementation=implementation
+        )
+        return rows, CompressedCache(rows, state)

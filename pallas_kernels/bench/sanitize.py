@@ -12,11 +12,24 @@ from collections.abc import Iterator
 
 import jax
 
-from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, mxfp4, quantize_rows, weight_only
+from pallas_kernels.bench import (
+    block_matmul,
+    expert_layer,
+    grouped_matmul,
+    hyper_connection,
+    index_scores,
+    mxfp4,
+    quantize_rows,
+    router,
+    weight_only,
+)
 from pallas_kernels.bench.case import Bench
 from pallas_kernels.block_matmul.cases import MatmulCase
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
+from pallas_kernels.hyper_connection.cases import HyperCase
+from pallas_kernels.index_scores.cases import ScoreCase
 from pallas_kernels.quantize_rows.cases import RowsCase
+from pallas_kernels.router.cases import RouterCase
 
 MOST = 3  # tilings of a case
 
@@ -29,6 +42,10 @@ def cases() -> Iterator[Bench]:
     yield expert_layer.bench(LayerCase("layer", 5, 512, 512, 4, 2))
     yield mxfp4.bench(GroupedCase("mxfp4", 3, 256, 512, (8,), experts=3, hit=3))
     yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))
+    yield index_scores.bench(ScoreCase("scores", 3, 2, 200, 8, 64))
+    yield hyper_connection.bench_pre(HyperCase("m=5", 5, 512))
+    yield hyper_connection.bench_post(HyperCase("m=5", 5, 512))
+    yield router.bench(RouterCase("m=5", 5, 64, 512, 4))
 
 
 def main() -> int:

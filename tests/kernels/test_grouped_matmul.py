@@ -176,7 +176,7 @@ def test_an_expert_layer_on_a_device_with_the_units():
         candidate, refusals = api.EXPERTS.choose((x, *weights, routing), how)
         got = layer(x, *weights, routing, **how, implementation="scaled_dot")
     assert candidate.name == "scaled_dot" and refusals == (
-        "sm90: weights are e4m3:row:float32: it takes e4m3 in 128 x 128 blocks",
+        "sm90: weights are e4m3:row:float32: it takes e4m3 in 128 x 128 blocks, or MXFP4",
     )
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
 

@@ -29,6 +29,7 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.kernel_sm90 import ROWS, swizzled
 from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, TILE, TMA_ROWS, PreTiling
+from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
 
 TERMS = 3  # bfloat16 terms of a float32
@@ -158,7 +159,7 @@ def multiply(
         product, squares = lax.fori_loop(0, chunks, add_chunk, zeros)
         each = GROUP // chunks
         group, of_group, tokens = lax.div(part, each), lax.rem(part, each), pl.ds(tile * TILE, TILE)
-        partial_gmem[group, of_group, tokens, pl.ds(0, MIXED)] = product
+        store_narrow(partial_gmem, (group, of_group, tokens, pl.ds(0, MIXED)), product)  # rows of 96 bytes
         squares_gmem[group, of_group, tokens] = squares
 
     tiles(tile_sums)

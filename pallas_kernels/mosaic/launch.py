@@ -19,7 +19,7 @@ def sm_count() -> int:
 
 
 def store_narrow(ref: Any, index: Any, value: jax.Array) -> None:
-    """ref[index] = value, less than 4 bytes a thread: from jax 0.12 on that has to be asked for."""
+    """ref[index] = value, less than 4 bytes a thread or parts of cache lines: from jax 0.12 on to be asked for."""
     import jax.experimental.pallas.mosaic_gpu as plgpu  # slow to import: tables of tilings need this file too
 
     if store := getattr(plgpu, "store", None):

@@ -31,7 +31,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.block_matmul.kernel_sm90 import swizzled
-from pallas_kernels.hyper_connection.project_sm90 import whole_tiles
+from pallas_kernels.hyper_connection.tiling import TMA_ROWS
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 from pallas_kernels.mosaic.launch import H100_SMS, sm_count
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
@@ -60,7 +60,7 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     parts = columns // (CHUNK * chunks)
     blocks = count // TILE * parts
     rows = -(-tokens * rules.k // LANES) * LANES
-    x = whole_tiles(x)
+    x = jnp.pad(x, ((0, -tokens % TMA_ROWS), (0, 0)))  # a copy of 8 rows must not reach beyond the last
     int32, float32 = jnp.int32, jnp.float32
     logits_type = jax.ShapeDtypeStruct((parts, -(-tokens // 8) * 8, count), float32)
     chosen_types = (

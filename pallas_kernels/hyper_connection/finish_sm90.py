@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hyper_connection.project_sm90 import ROW
-from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, STREAMS, PreTiling
+from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, MOST_HELD, STREAMS, PreTiling
+from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import registers, spread
 
@@ -73,6 +74,8 @@ def finish(
     tokens, _, groups, _ = streams.shape
     held = tiling.held
     assert tokens % held == 0, f"{tokens} tokens in {tiling}"
+    if held > MOST_HELD and not is_interpreted():
+        raise ValueError(f"held={held} does not compile with jax {jax.__version__}: use held={MOST_HELD}, or jax 0.11")
 
     def kernel(*refs, **scratch):
         token = lax.axis_index("item") * held

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
+
 STREAMS = 4
 MIXED = (2 + STREAMS) * STREAMS
 CHUNK = 128  # columns of the flattened streams that are multiplied at a time
 GROUP = 8  # neighbouring chunks that are added first; then the sums of groups are
 TILE = 64  # tokens of a wgmma
 BLOCKS = 128  # that the projection spreads over at most, one a multiprocessor
-MOST_HELD = 4  # tokens, one a warp
+# Tokens, one a warp. From jax 0.12 on, layout inference finds none for the transposed numbers of several (it searches
+# for hours): one there, of the same bits.
+MOST_HELD = 4 if jax.__version_info__ < (0, 12) else 1
 TMA_ROWS = 8  # that a copy takes at a time: others have to be padded, which is a copy of the streams
 FEW = 128  # tokens up to which partial products of every chunk cost less than idle multiprocessors
 MOST_WIDTH = 8192  # of a token, which one warpgroup holds: 128 registers of streams

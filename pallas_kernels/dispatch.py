@@ -27,11 +27,15 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation. `unsupported_reason` sees the op's arguments and judges shapes, dtypes and device alone."""
+    """One implementation. `unsupported_reason` sees the op's arguments and judges shapes, dtypes and device alone.
+
+    only_by_name: why "auto" passes it by even so; it runs for who names it.
+    """
 
     name: str
     run: Callable[..., Any]
     unsupported_reason: Callable[..., str | None]
+    only_by_name: str | None = None
 
 
 class Op:
@@ -71,6 +75,8 @@ class Op:
         refusals: list[str] = []
         for candidate in named:
             reason = candidate.unsupported_reason(*args, **kwargs)
+            if reason is None and implementation == "auto":
+                reason = candidate.only_by_name
             if reason is None:
                 return candidate, tuple(refusals)
             refusals.append(f"{candidate.name}: {reason}")

@@ -14,6 +14,7 @@ import jax
 
 from pallas_kernels.bench import (
     block_matmul,
+    compress,
     expert_layer,
     grouped_matmul,
     hyper_connection,
@@ -21,15 +22,20 @@ from pallas_kernels.bench import (
     mxfp4,
     quantize_rows,
     router,
+    sparse_attention,
+    top_k,
     weight_only,
 )
 from pallas_kernels.bench.case import Bench
 from pallas_kernels.block_matmul.cases import MatmulCase
+from pallas_kernels.compress.cases import SMALL
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
 from pallas_kernels.hyper_connection.cases import HyperCase
 from pallas_kernels.index_scores.cases import ScoreCase
 from pallas_kernels.quantize_rows.cases import RowsCase
 from pallas_kernels.router.cases import RouterCase
+from pallas_kernels.sparse_attention.cases import DecodeCase
+from pallas_kernels.top_k.cases import TopKCase
 
 MOST = 3  # tilings of a case
 
@@ -43,6 +49,9 @@ def cases() -> Iterator[Bench]:
     yield mxfp4.bench(GroupedCase("mxfp4", 3, 256, 512, (8,), experts=3, hit=3))
     yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))
     yield index_scores.bench(ScoreCase("scores", 3, 2, 200, 8, 64))
+    yield from map(compress.bench, SMALL)
+    yield sparse_attention.bench(DecodeCase("attention", 64, 3, 2, 70, 30))
+    yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))
     yield hyper_connection.bench_pre(HyperCase("m=5", 5, 512))
     yield hyper_connection.bench_post(HyperCase("m=5", 5, 512))
     yield router.bench(RouterCase("m=5", 5, 64, 512, 4))

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
-from pallas_kernels.quant import Rows
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.quant import Pages, Rows
+from pallas_kernels.sparse_attention import reference, sm90
 from pallas_kernels.typing import typed
 
-DECODE = Op("sparse_attention", [reference_candidate(reference.sparse_attention)])
+DECODE = Op(
+    "sparse_attention",
+    [
+        Candidate("sm90", sm90.attend, sm90.unsupported_reason),
+        reference_candidate(reference.sparse_attention),
+    ],
+)
 PREFILL = Op("sparse_attention_prefill", [reference_candidate(reference.sparse_attention_prefill)])
 
 
 @typed
 def sparse_attention(
     q: Float[Array, "B T H K"],
-    window: Float[Array, "B S K"] | Rows,
+    window: Float[Array, "B S K"] | Rows | Pages,
     window_index: Int[Array, "B T W"],
-    compressed: Float[Array, "B C K"] | Rows | None,
+    compressed: Float[Array, "B C K"] | Rows | Pages | None,
     compressed_index: Int[Array, "B T k"] | None,
     compressed_count: Int[Array, "B T"] | None,
     sink: Float[Array, " H"] | None,
@@ -34,10 +40,10 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
     """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
 
-    compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, entries
-    beyond the count are not read either. The indices of one query are distinct. Entries are keys and values at once;
-    quantised ones (Rows) are dequantised as they are read. Returns the output in q's dtype and the float32
-    log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
+    compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, what it names
+    beyond the count is not read either, and may be anything. An entry that is named twice counts twice. Entries are
+    keys and values at once; quantised ones (Rows, Pages) are dequantised as they are read. Returns the output in q's
+    dtype and the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
     """
     return DECODE(
         q, window, window_index, compressed, compressed_index, compressed_count, sink,
@@ -62,7 +68,8 @@ def sparse_attention_prefill(
     """Prefill and training form: query t of sequence b is at position start[b] + t and sees the last `width` tokens.
 
     The LAST T rows of `band` are the queries' own tokens, the S - T before them the tokens that precede `start`;
-    rows of positions below 0 are not read. The rest is as in `sparse_attention`.
+    rows of positions below 0 are not read. The entries that a query names are distinct. The rest is as in
+    `sparse_attention`.
     """
     return PREFILL(
         q, band, start, compressed, compressed_index, compressed_count, sink,

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quant import Rows, decode_rows, take_rows
+from pallas_kernels.quant import Pages, Rows, decode_rows, take_paged, take_rows
 
 # Queries a block of the banded form: its logits are [BLOCK, width + BLOCK] instead of [T, T].
 BLOCK = 128
@@ -15,9 +15,9 @@ BLOCK = 128
 
 def sparse_attention(
     q: jax.Array,
-    window: jax.Array | Rows,
+    window: jax.Array | Rows | Pages,
     window_index: jax.Array,
-    compressed: jax.Array | Rows | None,
+    compressed: jax.Array | Rows | Pages | None,
     compressed_index: jax.Array | None,
     compressed_count: jax.Array | None,
     sink: jax.Array | None,
@@ -33,6 +33,7 @@ def sparse_attention(
             picked = _gather(compressed, jnp.where(seen, compressed_index, -1), q.dtype)
             products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
         else:
+            compressed = _in_order(compressed, q.shape[0])
             seen = _first(compressed.shape[1], compressed_count)
             picked = _blank_unseen(_plain(compressed, q.dtype), seen)
             products = jnp.einsum("bthk,bnk->bthn", q, picked, preferred_element_type=jnp.float32)
@@ -120,16 +121,25 @@ def _blank_unseen(entries: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(seen, axis=-2)[..., None], entries, 0)
 
 
-def _gather(entries: jax.Array | Rows, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _gather(entries: jax.Array | Rows | Pages, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """entries [B, N, K] at index [B, T, n] -> [B, T, n, K]; 0, never a stray NaN, where the index is -1."""
     batch, tokens, count = index.shape
     flat = jnp.maximum(index, 0).reshape(batch, tokens * count)
-    picked = (
-        decode_rows(take_rows(entries, flat), dtype)
-        if isinstance(entries, Rows)
-        else jnp.take_along_axis(entries, flat[..., None], axis=1).astype(dtype)
-    )
+    match entries:
+        case Rows():
+            picked = decode_rows(take_rows(entries, flat), dtype)
+        case Pages():
+            picked = decode_rows(take_paged(entries, flat), dtype)
+        case _:
+            picked = jnp.take_along_axis(entries, flat[..., None], axis=1).astype(dtype)
     return jnp.where((index >= 0)[..., None], picked.reshape(batch, tokens, count, -1), 0)
+
+
+def _in_order(entries: jax.Array | Rows | Pages, batch: int) -> jax.Array | Rows:
+    """The entries [B, C, K] of every sequence in the order of their numbers."""
+    if not isinstance(entries, Pages):
+        return entries
+    return take_paged(entries, jnp.broadcast_to(jnp.arange(entries.rows, dtype=jnp.int32), (batch, entries.rows)))
 
 
 def _plain(entries: jax.Array | Rows, dtype: jnp.dtype) -> jax.Array:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op
+from pallas_kernels.dispatch import Candidate, Op
 from pallas_kernels.dispatch import reference as reference_candidate
-from pallas_kernels.top_k import reference
+from pallas_kernels.top_k import reference, sm90
 from pallas_kernels.typing import typed
 
-TOP_K = Op("top_k", [reference_candidate(reference.top_k)])
+UNTIMED = "not yet timed on a GPU"
+TOP_K = Op(
+    "top_k",
+    [Candidate("sm90", sm90.top_k, sm90.unsupported_reason, UNTIMED), reference_candidate(reference.top_k)],
+)
 
 
 @typed
@@ -22,6 +26,7 @@ def top_k(
 ) -> Int[Array, "*rows k2"]:
     """Indices of the k best of the first `counts` scores of each row, best first; -1 where there are no more.
 
-    Returns int32 [..., min(k, C)]. Ties go to the lower index; -0 equals +0.
+    Returns int32 [..., min(k, C)]. Ties go to the lower index; -0 equals +0; NaN, of either sign,
+    comes before all numbers.
     """
     return TOP_K(scores, k, counts, implementation=implementation)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 def top_k(scores: jax.Array, k: int, counts: jax.Array) -> jax.Array:
     size = scores.shape[-1]
     k = min(k, size)
-    # float32 because lax.top_k is 40 times slower on bf16 on a CPU; -0 to +0 because it ranks them apart.
+    # float32 because lax.top_k is 40 times slower on bf16 on a CPU; One zero and one NaN because it
+    # ranks them by sign, a negative NaN even behind -inf.
     scores = scores.astype(jnp.float32)
     scores = jnp.where(scores == 0, 0.0, scores)
+    scores = jnp.where(jnp.isnan(scores), jnp.nan, scores)
     seen = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1) < counts[..., None]
     _, index = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), k)
     # Invisible entries are -inf and sort behind the visible ones unless a visible score is -inf as well: the

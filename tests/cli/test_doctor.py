@@ -57,7 +57,7 @@ def test_a_recipe_that_does_not_fit(fails):
 def test_a_refusal_is_told(monkeypatch):
     op = OPS["top_k"]
     fast = Candidate("fast", lambda *_, **__: None, lambda *_, **__: "needs another device")
-    monkeypatch.setattr(op, "candidates", (fast, *op.candidates))
+    monkeypatch.setattr(op, "candidates", (fast, op.candidates[-1]))
     for _ in range(2):  # jax must not answer the second trace from memory
         found = chosen_implementations(traced_calls(SMALL))["top_k"]
         assert found["decode"] == ["reference"] and found["refused"] == ["fast: needs another device"]

@@ -1,0 +1,167 @@
+"""Cached rows and queries as wgmma wants them: float16, each row over a power of two of its own, on Hopper.
+
+E4M3 codes and bfloat16 channels have 4 and 8 significant bits, float16 has 11: what fits its range is exact, and
+Hopper turns two codes into float16 at once. A row is divided by the largest of its scales, or more where its rotary
+channels are larger still, times 2^-HEADROOM; a head of q by its largest channel, times 2^-Q_LARGEST. What falls short
+of float16 then is 2^-28 of the largest at most.
+"""
+
+# Mosaic's Python is not typed for outsiders.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
+
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.sparse_attention import gather_sm90 as gather
+from pallas_kernels.sparse_attention.gather_sm90 import ROWS, TILE
+
+# Lanes hold the codes and channels that the words they have loaded become.
+OF_CODES = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, TILE), (8, TILE), (16,), (8,))), (-6,), (-4, -3), -1)
+OF_TAIL = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, TILE), (8, TILE), (32,), (8,))), (-6,), (-4, -2), -1)
+
+HEADROOM = 7  # 448, the largest code, times 2^7 is within float16
+LEAST = 127 - 40  # of a row's power of two
+Q_LARGEST = 14  # log2 of the largest channel of q, or less than one below
+Q_LEAST = 127 - 60  # of a head's power of two
+LOG, POWER, INVERSE = range(3)  # of a row, its power of two
+
+
+def put(
+    words: gather.Words,
+    load: gather.Loads,
+    row: jax.Array,
+    entries_smem: Any,
+    measures_smem: Any,
+    rows: Any,
+) -> gather.Words:
+    """Rows into `rows` of entries_smem float16 [2, n, K / 2], their powers into those of measures_smem [3, n].
+
+    Channels of entries_smem that rows do not have become zeros. The logarithm of a row that is not seen is -inf.
+    load: loads the words of the rows that are next, which are the result, as soon as the registers of the old ones are
+    free. Rows without codes are more than registers hold: their words are loaded now, and twice.
+    """
+    halves, _, half = entries_smem.shape
+    now = [functools.partial(lambda x: (x,), x) for x in words.tails] if words.codes else load.tails
+    power_of = exponent(words, now)
+    for tile in range(halves * half // TILE):
+        at, column = divmod(tile * TILE, half)
+        place = at, rows, pl.ds(column, TILE)
+        if tile < len(words.codes):
+            entries_smem[place] = dequantised(words, tile, power_of)
+        elif (i := tile - len(words.codes)) < len(now):
+            entries_smem[place] = scaled(channels(*now[i]()), power(2 * 127 + HEADROOM - power_of))
+        else:
+            entries_smem[place] = plgpu.layout_cast(jnp.zeros((ROWS, TILE), jnp.float16), OF_CODES)
+    # Not row < 0: what a loop carries has lost its sign for comparisons.
+    measures_smem[LOG, rows] = jnp.where(row == -1, -jnp.inf, (power_of - 127).astype(jnp.float32))
+    measures_smem[POWER, rows] = power(power_of)
+    measures_smem[INVERSE, rows] = power(2 * 127 - power_of)
+    return gather.Words(*(sum((f() for f in kind), ()) for kind in load)) if words.codes else words
+
+
+def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float) -> None:
+    """`rows` of q_smem [2, H, K / 2], the bits of bfloat16 q, to float16; what its products with entries are to be
+    multiplied by, the scale of logits and the entries' own powers of two apart, to measure_smem float32 [H].
+    """
+    halves, _, half = q_smem.shape
+    pieces = [q_smem.at[at, rows, pl.ds(column, TILE)] for at in range(halves) for column in range(0, half, TILE)]
+    held = [plgpu.load(x, layout=OF_TAIL, optimized=False) for x in pieces]
+    held = [lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
+    largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, held)), axis=1)
+    power_of = jnp.clip(_exponent(largest), Q_LEAST, 254)
+    for piece, x in zip(pieces, held, strict=True):
+        piece[...] = scaled(x, power(2 * 127 + Q_LARGEST - power_of))
+    measure_smem[rows] = power(power_of - Q_LARGEST - HEADROOM) * scale
+
+
+def exponent(words: gather.Words, tails: Sequence[Callable[[], tuple[jax.Array]]]) -> jax.Array:
+    """What powers of two rows are divided by to fit float16: 127 + log2, int32 [ROWS].
+
+    No scale of the row is larger, and no bfloat16 channel 2^9 times as large.
+    """
+    of_codes = [_scale_code(words.scale, tile) for tile in range(len(words.codes))]
+    of_tails = [_exponent(jnp.max(jnp.abs(channels(*tail())), axis=1)) - 8 for tail in tails]
+    return jnp.maximum(functools.reduce(jnp.maximum, of_codes + of_tails), LEAST)
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+    """127 + floor(log2(x)) of bfloat16 x >= 0, as int32."""
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) >> 23
+
+
+def power(exponent: jax.Array) -> jax.Array:
+    """float32 2^(exponent - 127), for exponents from 1 to 254."""
+    return lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def dequantised(words: gather.Words, tile: int, exponent: jax.Array) -> jax.Array:
+    """float16 [ROWS, 64]: a tile's codes times its scales over the rows' powers of two, times 2^HEADROOM.
+
+    Exact, but for scales 2^22 times smaller than the row's and more, which lose what float16 has no bits for.
+    """
+    codes = words.codes[tile]
+    if is_interpreted():
+        codes = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).reshape(ROWS, TILE)
+    else:
+        codes = _reinterpreted(codes, jnp.float8_e4m3fn, gather.CODES, OF_CODES)
+    smaller = jnp.minimum(exponent - _scale_code(words.scale, tile), 40)  # 2^-33 and less is nothing
+    return codes.astype(jnp.float16) * _across(power(127 + HEADROOM - smaller).astype(jnp.float16), OF_CODES)
+
+
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """float16 of bfloat16 x [ROWS, TILE] in OF_TAIL times factor float32 [ROWS]."""
+    return (x.astype(jnp.float32) * _across(factor, OF_TAIL)).astype(jnp.float16)
+
+
+def _across(x: jax.Array, layout: Any) -> jax.Array:
+    """x [ROWS] for each of TILE channels."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, TILE), [0]), layout)
+
+
+def _scale_code(words: tuple[jax.Array, ...], tile: int) -> jax.Array:
+    """The UE8M0 code of a tile's scale, int32 [ROWS], of the words that hold them."""
+    word, byte = words[tile // 4], tile % 4
+    return lax.shift_right_logical(word, jnp.full_like(word, 8 * byte)) & 255
+
+
+def channels(words: jax.Array) -> jax.Array:
+    """bfloat16 [ROWS, 64] stored as int32 [ROWS, 32]."""
+    if is_interpreted():
+        return lax.bitcast_convert_type(words, jnp.bfloat16).reshape(ROWS, TILE)
+    return _reinterpreted(words, jnp.bfloat16, gather.TAIL, OF_TAIL)
+
+
+def _reinterpreted(words: jax.Array, dtype: Any, held: Any, layout: Any) -> jax.Array:
+    """The words of a lane as the neighbours of type `dtype` that they hold; registers stay as they are."""
+    found = plgpu.ShapeDtypeStruct((ROWS, TILE), jnp.dtype(dtype), layout=layout)
+    length = 8  # of a register
+
+    @plgpu.inline_mgpu(arg_types=(held,), return_type=found)
+    def reinterpret(_ctx: Any, words: Any) -> Any:
+        kind = ir.VectorType.get((length,), utils.dtype_to_ir_type(jnp.dtype(dtype)))
+        each = length * jnp.dtype(dtype).itemsize // 4  # words of a register
+        registers = []
+        for register in words.registers.flat:
+            for first in range(0, 4, each):
+                part = vector.extract_strided_slice(
+                    ir.VectorType.get((each,), gather.i32()), register, [first], [each], [1]
+                )
+                registers.append(vector.bitcast(kind, part))
+        shape = layout.to_mgpu().registers_shape((ROWS, TILE))
+        return gather.fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
+
+    return reinterpret(words)

@@ -1,7 +1,9 @@
 """Runs every kernel on small shapes and checks it: what to run under compute-sanitizer, which slows everything down.
 
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # else every access lies in one allocation
-compute-sanitizer --tool memcheck python -m pallas_kernels.bench.sanitize
+compute-sanitizer --tool memcheck --kernel-regex kns=mosaic python -m pallas_kernels.bench.sanitize [OP]
+
+OP: the kernels of one op alone. The tool is to look at our kernels only: XLA's take most of the time else.
 """
 
 from __future__ import annotations
@@ -54,12 +56,14 @@ def cases() -> Iterator[Bench]:
     yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))
     yield hyper_connection.bench_pre(HyperCase("m=5", 5, 512))
     yield hyper_connection.bench_post(HyperCase("m=5", 5, 512))
-    yield router.bench(RouterCase("m=5", 5, 64, 512, 4))
+    yield router.bench(RouterCase("m=5", 5, 128, 512, 4))
 
 
-def main() -> int:
+def main(op: str | None = None) -> int:
     failed = 0
     for case in cases():
+        if op not in (None, case.op):
+            continue
         sets = case.sets(1)[0]
         want = case.reference(sets)
         for name, run in itertools.islice(case.ours.items(), MOST):
@@ -70,4 +74,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_matmul import block_dot, reference, scaled_dot, sm90
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Candidate, Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
@@ -18,7 +18,7 @@ from pallas_kernels.typing import typed
 MATMUL = Op(
     "block_matmul",
     [
-        Candidate("sm90", sm90.matmul, sm90.unsupported_reason),
+        kernel(sm90.matmul, sm90.unsupported_reason),
         Candidate("scaled_dot", scaled_dot.matmul, scaled_dot.unsupported_reason),
         Candidate("block_dot", block_dot.matmul, block_dot.unsupported_reason),
         reference_candidate(reference.matmul),
@@ -27,7 +27,7 @@ MATMUL = Op(
 BLOCK_DIAGONAL = Op(
     "block_diagonal_matmul",
     [
-        Candidate("sm90", sm90.block_diagonal_matmul, sm90.block_diagonal_unsupported_reason),
+        kernel(sm90.block_diagonal_matmul, sm90.block_diagonal_unsupported_reason),
         reference_candidate(reference.block_diagonal_matmul),
     ],
 )

@@ -25,6 +25,7 @@ from pallas_kernels.straight_through import straight_through
 CAPABILITY = (9, 0)  # wgmma is Hopper's alone
 NO_HOPPER = "is no Hopper GPU (compute capability 9.0)"
 BLOCK = 128
+FILLED_BYTES = 2**22  # of a weight, at most, that is filled up to whole blocks
 TREATED = "the input is rotated or has channels in 16 bits: XLA may add in another order where there are other rows"
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -47,7 +48,7 @@ def unsupported_reason(
         return reason
     (n, k), rows = stored(w).shape, x.size // x.shape[-1]
     how = {"batch_invariant": batch_invariant}
-    if by_codes and _tiling(rows, n, k, out, **how) is None:
+    if by_codes and _tiling(rows, n, whole(k, BLOCK), out, **how) is None:
         return f"no tiling fits weights of {n} rows: a multiple of 64"
     if not by_codes and weight_only.tiling(rows, stored(w), out, **how) is None:
         return no_weight_only_tiling(n, k)
@@ -120,7 +121,30 @@ def codes_reason(w: Any, activations: QuantFormat | None, k: int) -> str | None:
             return "scales of blocks are bfloat16: it takes ue8m0 and float32"
         if static_scale(w) is not None:
             return "the activation scale is static: it takes one for every group"
-    return None if k % BLOCK == 0 else f"K = {k} is no multiple of the block of {BLOCK}"
+    return unfilled_reason(weight, k, BLOCK)
+
+
+def unfilled_reason(w: QuantTensor, k: int, block: int) -> str | None:
+    """Why w [..., k] is not filled up to whole blocks: it would be copied at every call."""
+    if k % block == 0 or w.nbytes <= FILLED_BYTES:
+        return None
+    return f"K = {k} is no multiple of {block}, and to fill up {w.nbytes} bytes of weights at every call is too much"
+
+
+def filled(w: QuantTensor, *shape: int) -> QuantTensor:
+    """w with zeros behind its last axes, which become `shape`."""
+    leading = w.shape[: w.ndim - len(shape)]
+    if (whole := (*leading, *shape)) == w.shape:
+        return w
+    of_values, of_scale = (*whole[:-1], whole[-1] // w.format.packing), w.format.scale_shape(whole)
+    values = jnp.pad(w.values, [(0, want - has) for want, has in zip(of_values, w.values.shape, strict=True)])
+    behind = [(0, want - has) for want, has in zip(of_scale, w.scale.shape, strict=True)]
+    return QuantTensor(values, jnp.pad(w.scale, behind, mode="edge"), w.format)
+
+
+def whole(size: int, block: int) -> int:
+    """`size`, filled up to a multiple of `block`."""
+    return -(-size // block) * block
 
 
 def matmul(
@@ -181,6 +205,8 @@ def product(x: QuantTensor, w: QuantTensor, out_dtype: DTypeLike, *, batch_invar
     from pallas_kernels.block_matmul import decode_sm90, kernel_sm90  # Pallas is slow to import
 
     (m, k), n = x.shape, w.shape[0]
+    beside = whole(k, BLOCK) - k
+    k, w = k + beside, filled(w, n, k + beside)
     tiling = _tiling(m, n, k, out_dtype, batch_invariant=batch_invariant)
     assert tiling is not None, "unsupported_reason refuses what no tiling fits"
     few, behind = isinstance(tiling, FewRows), tilings.padded_rows(m, tiling) - m
@@ -193,7 +219,7 @@ def product(x: QuantTensor, w: QuantTensor, out_dtype: DTypeLike, *, batch_invar
         w_scale = scale_bytes(w.scale)
         scale = jnp.pad(scale_bytes(x.scale), ((0, behind), (0, 0)))
         scale = scale.T if few else scale
-    codes = jnp.pad(x.values, ((0, behind), (0, 0)))
+    codes = jnp.pad(x.values, ((0, behind), (0, beside)))
     multiply: Any = decode_sm90.matmul if few else kernel_sm90.matmul
     return multiply(codes, scale, w.values, w_scale, tiling, out_dtype)[:m]
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compress import reference, sm90
 from pallas_kernels.compress.reference import CompressorState, Entries, initial_state
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.quant.rows import Rows
 from pallas_kernels.typing import typed
@@ -14,7 +14,7 @@ from pallas_kernels.typing import typed
 COMPRESS = Op(
     "compress",
     [
-        Candidate("sm90", sm90.compress_into, sm90.unsupported_reason),
+        kernel(sm90.compress_into, sm90.unsupported_reason),
         reference_candidate(reference.compress_into),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Candidate, Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import reference, scaled_dot, sm90
@@ -18,7 +18,7 @@ from pallas_kernels.typing import typed
 EXPERTS = Op(
     "experts",
     [
-        Candidate("sm90", sm90.experts, sm90.unsupported_reason),
+        kernel(sm90.experts, sm90.unsupported_reason),
         Candidate("scaled_dot", scaled_dot.experts, scaled_dot.unsupported_reason),
         reference_candidate(reference.experts),
     ],

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.sm90 import BLOCK, DTYPES, device_reason, operands_reason
+from pallas_kernels.block_matmul.sm90 import (
+    BLOCK,
+    DTYPES,
+    device_reason,
+    filled,
+    operands_reason,
+    unfilled_reason,
+    whole,
+)
 from pallas_kernels.block_matmul.tilings import Problem, default_many_rows
 from pallas_kernels.formats import MXFP4, QuantFormat, format_name
 from pallas_kernels.grouped_matmul import tilings
@@ -83,7 +91,7 @@ def mxfp4_reason(w: Any, activations: QuantFormat | None, k: int) -> str | None:
         return f"activations are {activations.name}: by MXFP4 it takes e4m3:1x128 with scales of ue8m0 or float32"
     if static_scale(w) is not None:
         return "the activation scale is static: it takes one for every group"
-    return None if k % SCALED == 0 else f"K = {k} is no multiple of {SCALED}, the columns of 16 bytes of MXFP4 scales"
+    return unfilled_reason(stored(w), k, SCALED)
 
 
 def experts(
@@ -119,11 +127,22 @@ def _experts(
     tiling = _tiling(x, w1, routing, batch_invariant)
     assert tiling is not None, "unsupported_reason refuses what no tiling fits"
     how: Any = {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
-    return kernel_sm90.experts(x, w1, w3, w2, routing, limit=limit, activations=activations, **how)
+    _, i, d = _whole(w1)
+    w1, w3, w2 = filled(w1, i, d), filled(w3, i, d), filled(w2, d, i)
+    tokens = jnp.pad(x, ((0, 0), (0, d - x.shape[1])))
+    y = kernel_sm90.experts(tokens, w1, w3, w2, routing, limit=limit, activations=activations, **how)
+    return y[:, : x.shape[1]]
+
+
+def _whole(w1: Any) -> tuple[int, int, int]:
+    """The shape of w1 [E, I, D], filled up to blocks that the kernels multiply."""
+    count, i, d = w1.shape
+    block = SCALED if is_mxfp4(w1) else BLOCK
+    return count, whole(i, block), whole(d, block)
 
 
 def _tiling(x: jax.Array, w1: Any, routing: Routing, batch_invariant: bool) -> LayerTiling | None:
-    (tokens, top), (count, i, d) = routing.experts.shape, w1.shape
+    (tokens, top), (count, i, d) = routing.experts.shape, _whole(w1)
     how = {"mxfp4": is_mxfp4(w1), "batch_invariant": batch_invariant}
     return layer_tiling(tokens, top, count, d, i, x.dtype, **how)
 

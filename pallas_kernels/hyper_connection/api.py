@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.hyper_connection import reference, sm90
 from pallas_kernels.hyper_connection.reference import Mix
@@ -12,11 +12,11 @@ from pallas_kernels.typing import typed
 
 PRE = Op(
     "hyper_connection_pre",
-    [Candidate("sm90", sm90.pre, sm90.pre_unsupported), reference_candidate(reference.pre)],
+    [kernel(sm90.pre, sm90.pre_unsupported), reference_candidate(reference.pre)],
 )
 POST = Op(
     "hyper_connection_post",
-    [Candidate("sm90", sm90.post, sm90.post_unsupported), reference_candidate(reference.post)],
+    [kernel(sm90.post, sm90.post_unsupported), reference_candidate(reference.post)],
 )
 HEAD = Op("hyper_connection_head", [reference_candidate(reference.head)])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.index_scores import reference, sm90
 from pallas_kernels.quant import Pages, Rows
@@ -12,7 +12,7 @@ from pallas_kernels.typing import typed
 
 INDEX_SCORES = Op(
     "index_scores",
-    [Candidate("sm90", sm90.index_scores, sm90.unsupported_reason), reference_candidate(reference.index_scores)],
+    [kernel(sm90.index_scores, sm90.unsupported_reason), reference_candidate(reference.index_scores)],
 )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.quant import QuantTensor
@@ -38,7 +38,7 @@ def _sm90(
 
 QUANTIZE_ROWS = Op(
     "quantize_rows",
-    [Candidate("sm90", _sm90, unsupported_reason), reference_candidate(reference.quantize_rows)],
+    [kernel(_sm90, unsupported_reason), reference_candidate(reference.quantize_rows)],
 )
 
 

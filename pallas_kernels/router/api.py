@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.router import reference, sm90
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.typing import typed
 
-ROUTER = Op("router", [Candidate("sm90", sm90.router, sm90.unsupported_reason), reference_candidate(reference.router)])
+ROUTER = Op("router", [kernel(sm90.router, sm90.unsupported_reason), reference_candidate(reference.router)])
 
 
 @typed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.top_k import reference, sm90
 from pallas_kernels.typing import typed
@@ -12,7 +12,7 @@ from pallas_kernels.typing import typed
 UNTIMED = "not yet timed on a GPU"
 TOP_K = Op(
     "top_k",
-    [Candidate("sm90", sm90.top_k, sm90.unsupported_reason, UNTIMED), reference_candidate(reference.top_k)],
+    [kernel(sm90.top_k, sm90.unsupported_reason, UNTIMED), reference_candidate(reference.top_k)],
 )
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
+from pallas_kernels.grouped_matmul import experts as layer
 from pallas_kernels.grouped_matmul import kernel_sm90
 from pallas_kernels.grouped_matmul.kernel_sm90 import COMPARED, experts, lay_out
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, QuantTensor, dequantize, quantize, round_trip
+from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize, round_trip
 from pallas_kernels.router import Routing
 
 E, D, I = 5, 256, 128  # noqa: E741
@@ -86,6 +87,20 @@ def test_rows_are_gathered_by_a_kernel(monkeypatch):
         np.testing.assert_array_equal(got, experts(x, *weights(), routing, **how))
 
 
+@pytest.mark.parametrize("form", [FP8_BLOCK, MXFP4], ids=str)
+def test_narrow_experts_are_filled_up(form):
+    """Those of the shipped model: hidden rows of half a block."""
+    rng = np.random.default_rng(4)
+    narrow = [quantize(jnp.asarray(rng.normal(size=s) / 16, jnp.float32), form) for s in ((E, 64, 256),) * 2]
+    narrow.append(quantize(jnp.asarray(rng.normal(size=(E, 256, 64)) / 8, jnp.float32), form))
+    x, routing = jnp.asarray(rng.normal(size=(3, 256)), jnp.bfloat16), routing_of([[0, 2], [2, 3], [2, 0]])
+    how = {"limit": 2.0, "activations": FP8_GROUP}
+    want = np.asarray(layer(x, *narrow, routing, implementation="reference", **how), np.float32)
+    with interpreted():
+        got = np.asarray(layer(x, *narrow, routing, implementation="sm90", **how), np.float32)
+    assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-2 * np.sqrt(np.mean(want**2))
+
+
 def exact(x, routing, limit):
     """float64 on the dequantised operands, hidden rows rounded as between the two kernels."""
     w1, w3, w2 = (np.asarray(dequantize(w), np.float64) for w in weights())
@@ -108,7 +123,7 @@ def test_lowers_for_a_gpu():
         shape((n * k,), jnp.int32),
     )  # fmt: skip
 
-    def layer(x, v1, s1, v3, s3, v2, s2, routing):
+    def of_arrays(x, v1, s1, v3, s3, v2, s2, routing):
         w1, w3, w2 = (QuantTensor(v, s, FP8_BLOCK) for v, s in ((v1, s1), (v3, s3), (v2, s2)))
         how = {"gate_up": FewRows(4, 3, 1), "down": FewRows(4, 4, 1)}
         return experts(x, w1, w3, w2, routing, limit=10.0, rows=8, **how)
@@ -116,4 +131,4 @@ def test_lowers_for_a_gpu():
     e8m0 = jnp.float8_e8m0fnu
     up = shape((e, i, d), f8), shape((e, i // 128, d // 128), e8m0)
     down = shape((e, d, i), f8), shape((e, d // 128, i // 128), e8m0)
-    jax.jit(layer).trace(shape((n, d), jnp.bfloat16), *up, *up, *down, routing).lower(lowering_platforms=("cuda",))
+    jax.jit(of_arrays).trace(shape((n, d), jnp.bfloat16), *up, *up, *down, routing).lower(lowering_platforms=("cuda",))

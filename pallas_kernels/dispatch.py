@@ -153,7 +153,7 @@ def traced_once(run: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def traced(where: Any, tree: jax.tree_util.PyTreeDef, others: tuple[Any, ...], *arrays: jax.Array) -> Any:
+    def traced(where: Any, tree: Any, others: tuple[Any, ...], *arrays: jax.Array) -> Any:
         del where
         given = iter(arrays)
         args, kwargs = jax.tree.unflatten(tree, [next(given) if x is _ARRAY else x for x in others])

@@ -36,6 +36,7 @@ OPS = (
     "weight_only",
     "batch_invariant",
     "sparse_attention",
+    "sparse_attention_prefill",
     "index_scores",
     "top_k",
     "compress",

@@ -1,9 +1,11 @@
 """Runs every kernel on small shapes and checks it: what to run under compute-sanitizer, which slows everything down.
 
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # else every access lies in one allocation
-compute-sanitizer --tool memcheck --kernel-regex kns=mosaic python -m pallas_kernels.bench.sanitize [OP]
+export XLA_FLAGS=--xla_gpu_autotune_level=0
+compute-sanitizer --show-backtrace no --tool memcheck python -m pallas_kernels.bench.sanitize [OP]
+compute-sanitizer --show-backtrace no --tool racecheck --kernel-name kns=mosaic python -m pallas_kernels.bench.sanitize
 
-OP: the kernels of one op alone. The tool is to look at our kernels only: XLA's take most of the time else.
+OP: the kernels of one op alone. The tool dies of its own accord now and then, with status 139: run it again.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ A score is of one key and one query: no split, no order that depends on others. 
 of the last key's page at best, and garbage.
 Bound: C (K + 4 + 4 T) bytes / 3.35 TB/s and about 2 us of launch and latency. At 64 heads x 128 and one token 64 keys
 come in 672 cycles of an SM's share of 3 TB/s; their wgmmas take 128, and some 150 instructions of each of a
-scheduler's warps. On an H100: 262144 keys 16.3 us (65 % of the bound), 32 x 65536 103.9 (82 %), 128 x 8192 54.5 (79 %).
+scheduler's warps. On an H100: 262144 keys 15.7 us (68 % of the bound), 32 x 65536 102.8 (83 %), 128 x 8192 53.8 (80 %).
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Candidate, Op
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.quant import Pages, Rows
-from pallas_kernels.sparse_attention import reference, sm90
+from pallas_kernels.sparse_attention import prefill_blocks, prefill_sm90, reference, sm90
 from pallas_kernels.typing import typed
 
 DECODE = Op(
     "sparse_attention",
     [
-        Candidate("sm90", sm90.attend, sm90.unsupported_reason),
+        kernel(sm90.attend, sm90.unsupported_reason),
         reference_candidate(reference.sparse_attention),
     ],
 )
-PREFILL = Op("sparse_attention_prefill", [reference_candidate(reference.sparse_attention_prefill)])
+PREFILL = Op(
+    "sparse_attention_prefill",
+    [
+        kernel(prefill_sm90.attend, prefill_sm90.unsupported_reason),
+        reference_candidate(prefill_blocks.sparse_attention_prefill),
+    ],
+)
 
 
 @typed

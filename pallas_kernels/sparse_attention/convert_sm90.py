@@ -47,12 +47,11 @@ def put(
     entries_smem: Any,
     measures_smem: Any,
     rows: Any,
-) -> gather.Words:
+) -> None:
     """Rows into `rows` of entries_smem float16 [2, n, K / 2], their powers into those of measures_smem [3, n].
 
     Channels of entries_smem that rows do not have become zeros. The logarithm of a row that is not seen is -inf.
-    load: loads the words of the rows that are next, which are the result, as soon as the registers of the old ones are
-    free. Rows without codes are more than registers hold: their words are loaded now, and twice.
+    Rows without codes are more than registers hold: `load` loads their words, twice.
     """
     halves, _, half = entries_smem.shape
     now = [functools.partial(lambda x: (x,), x) for x in words.tails] if words.codes else load.tails
@@ -70,7 +69,6 @@ def put(
     measures_smem[LOG, rows] = jnp.where(row == -1, -jnp.inf, (power_of - 127).astype(jnp.float32))
     measures_smem[POWER, rows] = power(power_of)
     measures_smem[INVERSE, rows] = power(2 * 127 - power_of)
-    return gather.Words(*(sum((f() for f in kind), ()) for kind in load)) if words.codes else words
 
 
 def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float) -> None:

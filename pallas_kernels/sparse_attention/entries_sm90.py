@@ -59,7 +59,7 @@ class Named:
         self.blocks = lax.div(total * (split + 1), splits) - self.first
 
     def stream(self, part: jax.Array, put: Callable[..., None]) -> None:
-        """put(i, words, load, row) of part `part` of every block i gives the words of the next, see `convert_sm90.put`.
+        """put(i, words, load, row) of part `part` of every block i, see `convert_sm90.put`.
 
         Names are read three blocks ahead, rows one; what is two blocks ahead is on its way to the L2 cache.
         """
@@ -98,8 +98,9 @@ class Named:
 
         def step(i, state):
             words, here, following, numbers = state
-            ahead = load(i + 1, following) if words.codes else load(i, here)
-            words = put(i, words, ahead, here[1])
+            put(i, words, load(i, here), here[1])
+            if held_ahead:  # behind the fence of `put`, which waits for what is asked for before it
+                words = loaded(load(i + 1, following))
             return words, kept(following), find(i + 2, numbers), name(i + 3)
 
         held_ahead = layouts[0].parts.codes is not None
@@ -108,13 +109,16 @@ class Named:
             """Of the place of rows, what is needed once they are loaded: all of it where that is yet to come."""
             return (None, at[1]) if held_ahead else at
 
+        def loaded(load: gather.Loads) -> gather.Words:
+            return gather.Words(*(sum((f() for f in kind), ()) for kind in load))
+
         @pl.when(self.blocks > 0)
         def _all():
             numbers = [name(jnp.int32(i)) for i in range(3)]
             first, following = (find(jnp.int32(i), numbers[i]) for i in range(2))
             words = gather.Words((), (), ())
             if held_ahead:
-                words = gather.Words(*(sum((f() for f in kind), ()) for kind in load(jnp.int32(0), first)))
+                words = loaded(load(jnp.int32(0), first))
             lax.fori_loop(0, self.blocks, step, (words, kept(first), following, numbers[2]))
 
 

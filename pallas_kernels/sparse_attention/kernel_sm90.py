@@ -23,9 +23,9 @@ Bounds, for each 64 entries: 37376 bytes, which is 1.65 us of an SM's share of 3
 2048 cycles of wgmma, 1.17 us at 1.75 GHz; about 360 KB through shared memory and the L1 cache it is part of (entries
 in, as float16, and out to wgmma twice, q out), 2800 cycles; 440 instructions of each gathering warp, 440 of each
 multiplying one.
-Measured on an H100, 64 heads, 128 + 512 entries: 41.5 us for 128 queries and 78.8 for 256, 46 and 49 % of the bytes
-over 3.35 TB/s; 10.8 us for one; 209 us for 64 queries of 128 + 8192; 123 us for 128 queries of 128 heads, 128 + 1024.
-Without loads the first takes 29.0 us, without the products of weights and entries besides 25.4: what binds is the wait
+Measured on an H100, 64 heads, 128 + 512 entries: 42.0 us for 128 queries and 78.7 for 256, 46 and 49 % of the bytes
+over 3.35 TB/s; 10.9 us for one; 209 us for 64 queries of 128 + 8192; 124 us for 128 queries of 128 heads, 128 + 1024.
+Without loads (of an earlier version) the first takes 29.0 us, without the products of weights and entries besides 25.4: what binds is the wait
 of gathering warpgroups for their loads, and then the multiplying ones' turns.
 """
 
@@ -115,10 +115,9 @@ def attend(
                     """Block i into its buffer, as float16 and as multiples of powers of two of the entries' own."""
                     slot = lax.rem(i, BUFFERS)
                     plgpu.barrier_wait(free.at[slot])
-                    words = convert.put(words, load, row, entries_smem.at[slot], measures_smem.at[slot], rows)
+                    convert.put(words, load, row, entries_smem.at[slot], measures_smem.at[slot], rows)
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(filled.at[slot])
-                    return words
 
                 named.stream(warpgroup - CONSUMERS, put)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +25,16 @@ def sparse_attention(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    picked, seen = _gather(window, window_index, q.dtype), window_index >= 0
-    logits = [_masked(jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32), scale, seen)]
-    values = [picked]
+    parts = [over_named(q, window, window_index, scale)]
     if compressed is not None:
         if compressed_index is not None:
-            seen = _within(compressed_index, compressed_count)
-            picked = _gather(compressed, jnp.where(seen, compressed_index, -1), q.dtype)
-            products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
+            seen = within(compressed_index, compressed_count)
+            parts.append(over_named(q, compressed, jnp.where(seen, compressed_index, -1), scale))
         else:
             compressed = _in_order(compressed, q.shape[0])
             seen = _first(compressed.shape[1], compressed_count)
-            picked = _blank_unseen(_plain(compressed, q.dtype), seen)
-            products = jnp.einsum("bthk,bnk->bthn", q, picked, preferred_element_type=jnp.float32)
-        logits.append(_masked(products, scale, seen))
-        values.append(picked)
-    return _combine(logits, values, sink, q)
+            parts.append(over_shared(q, plain(compressed, q.dtype), seen, scale))
+    return combine(parts, sink, q)
 
 
 def sparse_attention_prefill(
@@ -67,25 +62,46 @@ def sparse_attention_prefill(
     queries = _to_blocks(q, blocks, block)
     distance = before + jnp.arange(block)[:, None] - jnp.arange(before + block)[None]  # query minus row
     position = start[:, None, None] + index[None] - before  # [B, blocks, rows]
-    seen = ((distance >= 0) & (distance < width))[None, None] & (position >= 0)[:, :, None]
+    held = position >= jnp.maximum(start - history, 0)[:, None, None]
+    seen = ((distance >= 0) & (distance < width))[None, None] & held[:, :, None]
     rows = _blank_unseen(rows, seen)
     products = jnp.einsum("bcqhk,bcnk->bcqhn", queries, rows, preferred_element_type=jnp.float32)
-    logits, values = [_masked(products, scale, seen)], [rows]
+    parts = [(_masked(products, scale, seen), rows)]
     if compressed is not None:
-        seen = _selected(compressed.shape[1], compressed_index, compressed_count)
-        entries = _blank_unseen(_plain(compressed, q.dtype), seen)
+        seen = selected(compressed.shape[1], compressed_index, compressed_count)
+        entries = _blank_unseen(plain(compressed, q.dtype), seen)
         products = jnp.einsum("bcqhk,bnk->bcqhn", queries, entries, preferred_element_type=jnp.float32)
-        logits.append(_masked(products, scale, _to_blocks(seen, blocks, block)))
-        values.append(entries)
-    out, lse = _combine(logits, values, sink, queries)
+        parts.append((_masked(products, scale, _to_blocks(seen, blocks, block)), entries))
+    out, lse = combine(parts, sink, queries)
     return _from_blocks(out, tokens), _from_blocks(lse, tokens)
 
 
-def _combine(
-    logits: list[jax.Array], values: list[jax.Array], sink: jax.Array | None, q: jax.Array
+def over_named(
+    q: jax.Array, entries: jax.Array | Rows | Pages, index: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax over the concatenated lists; a value array has one axis less where queries share its entries."""
-    tops = [jnp.max(x, axis=-1, initial=-jnp.inf) for x in logits]  # a list may be empty
+    """Logits [B, T, H, n] of q [B, T, H, K] over entries [B, N, K] at index [B, T, n], and those entries."""
+    return over_picked(q, gather(entries, index, q.dtype), index, scale)
+
+
+def over_picked(q: jax.Array, picked: jax.Array, index: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The same for entries [B, T, n, K] that were gathered."""
+    products = jnp.einsum("bthk,btnk->bthn", q, picked, preferred_element_type=jnp.float32)
+    return _masked(products, scale, index >= 0), picked
+
+
+def over_shared(q: jax.Array, entries: jax.Array, seen: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Logits of q [B, T, H, K] over those of entries [B, N, K] that it has seen [B, T, N], and the entries."""
+    entries = _blank_unseen(entries, seen)
+    products = jnp.einsum("bthk,bnk->bthn", q, entries, preferred_element_type=jnp.float32)
+    return _masked(products, scale, seen), entries
+
+
+def combine(
+    parts: Sequence[tuple[jax.Array, jax.Array]], sink: jax.Array | None, q: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax over all parts, logits and values; values have one axis less where queries share their entries."""
+    logits, values = zip(*parts, strict=True)
+    tops = [jnp.max(x, axis=-1, initial=-jnp.inf) for x in logits]  # a part may be empty
     top = functools.reduce(jnp.maximum, tops)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))[..., None]
     weights = [jnp.exp(x - top) for x in logits]
@@ -121,7 +137,7 @@ def _blank_unseen(entries: jax.Array, seen: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(seen, axis=-2)[..., None], entries, 0)
 
 
-def _gather(entries: jax.Array | Rows | Pages, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def gather(entries: jax.Array | Rows | Pages, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """entries [B, N, K] at index [B, T, n] -> [B, T, n, K]; 0, never a stray NaN, where the index is -1."""
     batch, tokens, count = index.shape
     flat = jnp.maximum(index, 0).reshape(batch, tokens * count)
@@ -142,11 +158,11 @@ def _in_order(entries: jax.Array | Rows | Pages, batch: int) -> jax.Array | Rows
     return take_paged(entries, jnp.broadcast_to(jnp.arange(entries.rows, dtype=jnp.int32), (batch, entries.rows)))
 
 
-def _plain(entries: jax.Array | Rows, dtype: jnp.dtype) -> jax.Array:
+def plain(entries: jax.Array | Rows, dtype: jnp.dtype) -> jax.Array:
     return decode_rows(entries, dtype) if isinstance(entries, Rows) else entries.astype(dtype)
 
 
-def _within(index: jax.Array, count: jax.Array | None) -> jax.Array:
+def within(index: jax.Array, count: jax.Array | None) -> jax.Array:
     seen = index >= 0
     return seen if count is None else seen & _first(index.shape[-1], count)
 
@@ -156,12 +172,12 @@ def _first(size: int, count: jax.Array | None) -> jax.Array:
     return jnp.arange(size)[None, None] < count[..., None]
 
 
-def _selected(size: int, index: jax.Array | None, count: jax.Array | None) -> jax.Array:
+def selected(size: int, index: jax.Array | None, count: jax.Array | None) -> jax.Array:
     """The selection as a mask [B, T, size]."""
     if index is None:
         return _first(size, count)
     batch, tokens, _ = index.shape
-    target = jnp.where(_within(index, count), index, size)
+    target = jnp.where(within(index, count), index, size)
     rows = jnp.arange(batch * tokens)[:, None]
     mask = jnp.zeros((batch * tokens, size), bool).at[rows, target.reshape(batch * tokens, -1)].set(True, mode="drop")
     return mask.reshape(batch, tokens, size)

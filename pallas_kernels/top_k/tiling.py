@@ -1,27 +1,52 @@
-"""How the Hopper kernels cut a row: entries a tile, and what shared memory holds."""
+"""How the Hopper kernels cut a row: entries a tile, warpgroups, and what shared memory holds."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 BLOCK = 2048  # entries of a thread block that looks for maxima
-CHUNK, FEW = 4096, 1024  # entries that a warpgroup looks at at once, and of tiles' entries
+LANES = 128
+CHUNK, LOAD, GATHER, FEW = 8, 32, 24, 2  # the most of a thread at once; see RowTiling
+WARPGROUPS = 4
 SINGLE = 8192  # entries up to which tiles are single entries
 MOST_CHOSEN, MOST_ENTRIES = 2048, 262144
+SPARE = 128  # the most tiles above k: a bin of keys often holds some that are not needed
 TILES = 8, 16, 32
 
 
 class RowTiling(NamedTuple):
-    """tile: entries a tile. chunk: tiles or entries that are looked at at once, FEW at most where their number varies.
+    """tile: entries a tile. spare: tiles that may be chosen above k.
 
-    held_keys, held_places: for how many there is room in shared memory, of tiles and of entries, and of entries alone.
+    load, chunk, gather, few: how much a warpgroup looks at at once: tiles that come from afar, tiles in shared memory,
+    entries that come from afar, entries in shared memory.
+    keys, picked, near, sorted_entries: for how many there is room in shared memory: tiles, chosen tiles, the entries of
+    these, and the best ones. The best lie in front; behind them the near ones; tiles where these are later, but for
+    tiles of single entries.
     """
 
     tile: int
+    warpgroups: int
+    spare: int
+    load: int
     chunk: int
-    held_keys: int
-    held_places: int
+    gather: int
+    few: int
+    keys: int
+    picked: int
+    near: int
     sorted_entries: int
+
+    @property
+    def keys_from(self) -> int:
+        return self.sorted_entries + (self.near if self.tile == 1 else 0)
+
+    @property
+    def held_keys(self) -> int:
+        return max(self.keys_from + self.keys, self.sorted_entries + self.near)
+
+    @property
+    def held_places(self) -> int:
+        return self.sorted_entries + self.near
 
 
 def default_tiling(columns: int, k: int) -> RowTiling:
@@ -31,17 +56,28 @@ def default_tiling(columns: int, k: int) -> RowTiling:
     return min((tiled(columns, k, tile) for tile in TILES), key=lambda tiling: columns // tiling.tile + k * tiling.tile)
 
 
-def tiled(columns: int, k: int, tile: int) -> RowTiling:
+def tiled(columns: int, k: int, tile: int, warpgroups: int | None = None) -> RowTiling:
     tiles = -(-columns // tile)
-    candidates = min(k, tiles) * tile if tile > 1 else 1
-    chunk = min(CHUNK, _power(max(tiles, candidates)))
+    if warpgroups is None:
+        warpgroups = min(WARPGROUPS, _power(tiles) // LANES)
+    threads = warpgroups * LANES
+    spare = min(k // 4, SPARE)
+    picked = min(k + spare, tiles)
+    near, whole = picked * tile, max(_power(k), threads)
 
-    def room(n: int) -> int:
-        return -(-n // chunk) * chunk
+    def chunk(most: int, n: int) -> int:
+        return LANES * min(most, -(-n // threads))
 
-    return RowTiling(tile, chunk, max(room(tiles), room(candidates)), room(candidates), _power(k))
+    def room(n: int, *chunks: int) -> int:
+        return max(-(-n // (warpgroups * chunk)) * warpgroups * chunk for chunk in chunks)
+
+    load, passed, gather, few = chunk(LOAD, tiles), chunk(CHUNK, tiles), chunk(GATHER, near), chunk(FEW, near)
+    return RowTiling(
+        tile, warpgroups, spare, load, passed, gather, few,
+        room(tiles, load, passed), picked, max(room(near, few), whole), whole,
+    )  # fmt: skip
 
 
 def _power(n: int) -> int:
     """The power of two that n things have room in, each of a warpgroup's threads having one or more."""
-    return max(128, 1 << (n - 1).bit_length())
+    return max(LANES, 1 << (n - 1).bit_length())

@@ -117,6 +117,7 @@ BANDS = {  # tokens, rows of the band, width, start of each row
     "window larger than the band": (6, 9, 50, (0, 3, 47)),
     "several blocks": (300, 310, 7, (0, 10, 400)),
     "several blocks, wide window": (129, 390, 132, (0, 260)),
+    "several blocks, history shorter than the window": (300, 303, 8, (0, 3, 47)),
     "one block behind a long history": (5, 300, 8, (0, 2, 295)),
 }
 

@@ -29,6 +29,8 @@ def scores_of(kind, rows, columns):
         x[:] = -1.5
     if kind == "minus infinity":
         x[:, 3:] = -np.inf
+    if kind == "negative":
+        x = -np.exp(3 * x)
     if kind == "strange":
         x = rng.choice(np.array([np.nan, NEGATIVE_NAN, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0], np.float32), x.shape)
     if kind == "one tile":  # all of the best are neighbours, and ties among them
@@ -36,32 +38,49 @@ def scores_of(kind, rows, columns):
     return x
 
 
-def check(scores, k, counts, tile):
+def check(scores, k, counts, tile, warpgroups=None):
     """Entries behind the count are spoiled: what is read of them would show."""
     scores, counts = np.array(scores), np.asarray(counts, np.int32)
     for row, shown in zip(scores, counts, strict=True):
         row[max(shown, 0) :] = np.resize([np.nan, np.inf], len(row) - max(shown, 0))
     arguments = jnp.asarray(scores), k, jnp.asarray(counts)
     with interpreted():
-        got = jax.block_until_ready(kernel_sm90.top_k(*arguments, tiled(scores.shape[1], k, tile)))
+        got = jax.block_until_ready(kernel_sm90.top_k(*arguments, tiled(scores.shape[1], k, tile, warpgroups)))
     assert got.dtype == jnp.int32
     np.testing.assert_array_equal(got, reference.top_k(*arguments))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "minus infinity", "strange", "one tile"])
-def test_short_rows(kind):
+KINDS_OF_SCORES = "normal", "ties", "equal", "minus infinity", "negative", "strange", "one tile"
+
+
+def every_kind(counts, columns):
+    rows = [scores_of(kind, len(counts), columns) for kind in KINDS_OF_SCORES]
+    return np.concatenate(rows), [*counts] * len(rows)
+
+
+def test_short_rows():
     """Nothing, one entry, about k, and all are shown."""
     k, columns = 5, 100
-    counts = [0, 1, k - 1, k, k + 1, columns - 1, columns]
-    check(scores_of(kind, len(counts), columns), k, counts, tile=1)
+    scores, counts = every_kind([0, 1, k, k + 1, columns], columns)
+    check(scores, k, counts, tile=1)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "strange", "one tile"])
-def test_long_rows(kind):
-    check(scores_of(kind, 2, BLOCK), 30, [BLOCK - 7, 9], tile=16)
+def test_long_rows():
+    scores, counts = every_kind([BLOCK - 7], BLOCK)
+    check(scores, 30, counts, tile=16)
 
 
-@pytest.mark.parametrize(("k", "columns"), [(1, 1), (1, 300), (128, 128), (300, 300), (257, 2049)])
+def test_counts_about_tiles_and_blocks():
+    counts = [0, 1, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1]
+    check(scores_of("ties", len(counts), 2 * BLOCK), 20, counts, tile=16)
+
+
+@pytest.mark.parametrize(("tile", "columns"), [(1, 600), (8, BLOCK)])
+def test_warpgroups_that_share_a_row(tile, columns):
+    check(scores_of("ties", 1, columns), 200, [columns - 3], tile, warpgroups=2)
+
+
+@pytest.mark.parametrize(("k", "columns"), [(1, 1), (128, 128), (300, 300), (257, 2049)])
 def test_sizes(k, columns):
     check(scores_of("ties", 1, columns), k, [columns], tile=1)
 
@@ -116,7 +135,7 @@ def test_shared_memory_holds_what_a_tiling_asks_for():
     for columns in (1, SINGLE, *range(SINGLE + BLOCK, MOST_ENTRIES + 1, BLOCK)):
         for k in (1, 512, 1024, MOST_CHOSEN):
             tiling = default_tiling(columns, min(k, columns))
-            words = tiling.held_keys + tiling.held_places + 2 * tiling.sorted_entries
+            words = tiling.held_keys + tiling.held_places + tiling.picked
             assert 4 * words + 4096 <= SMEM, f"the {k} best of {columns}"
 
 

@@ -64,8 +64,6 @@ def unsupported_reason(
     if width != WIDE and width not in NARROW:
         return f"entries are {width} wide: it takes {', '.join(map(str, NARROW))} and {WIDE}"
     ratio, halves = ape.shape[0], ape.shape[1] // width
-    if kv.shape[1] > MAX_STEP and not is_interpreted():
-        return f"{kv.shape[1]} tokens at once: it was checked on a GPU for up to {MAX_STEP}"
     if kv.shape[1] <= MAX_STEP and state.kv.shape[1] < (least := halves * ratio + MAX_STEP - 1):
         return f"the open blocks have {state.kv.shape[1]} slots: it takes {least} or more"
     if 2 * frequencies.shape[0] > held(width).columns:

@@ -25,8 +25,8 @@ in, as float16, and out to wgmma twice, q out), 2800 cycles; 440 instructions of
 multiplying one.
 Measured on an H100, 64 heads, 128 + 512 entries: 42.0 us for 128 queries and 78.7 for 256, 46 and 49 % of the bytes
 over 3.35 TB/s; 10.9 us for one; 209 us for 64 queries of 128 + 8192; 124 us for 128 queries of 128 heads, 128 + 1024.
-Without loads (of an earlier version) the first takes 29.0 us, without the products of weights and entries besides 25.4: what binds is the wait
-of gathering warpgroups for their loads, and then the multiplying ones' turns.
+Without loads an earlier version took 29.0 us for the first, without the products of weights and entries besides 25.4:
+what binds is the wait of gathering warpgroups for their loads, and then the multiplying ones' turns.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

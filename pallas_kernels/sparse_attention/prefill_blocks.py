@@ -1,9 +1,9 @@
 """The prefill form, a block of queries after the other: the memory of its logits does not grow with the sequence.
 
 Forward and backward hold what one block of BLOCK queries needs, and nothing of size [T, S]: its rows of the band, and
-either the entries that its queries name, gathered, or the logits of all entries, whichever is less. The backward pass
-computes each block again. Gradients to the band, to entries and to the sink are sums over blocks, in float32; those
-to gathered entries are added in an order that a GPU does not fix.
+either the entries that its queries name, gathered, or the logits of all entries, whichever costs less. The backward
+pass computes each block again. Gradients to the band, to entries and to the sink are sums over blocks, in float32;
+those to gathered entries are added in an order that a GPU does not fix.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def sparse_attention_prefill(
     if batch * tokens * heads * (min(width + BLOCK, band.shape[1]) + size) <= MOST or tokens <= BLOCK:
         named = (compressed, compressed_index, compressed_count)
         return reference.sparse_attention_prefill(q, band, start, *named, sink, width=width, scale=scale)
-    gathered = compressed_index is not None and compressed_index.shape[-1] * (head_dim + heads) < size * heads
+    # Of gathered entries and their logits, and of logits of all, which take several passes: numbers for each query.
+    gathered = compressed_index is not None and compressed_index.shape[-1] * (head_dim + heads) < 2 * size * heads
     entries = None if compressed is None else reference.plain(compressed, q.dtype)
     operands = Operands(q, band.astype(q.dtype), entries, sink)
     return _attend(Shape(width, scale, gathered), operands, Names(start, compressed_index, compressed_count))

@@ -42,7 +42,8 @@ def check(run, inputs, activations, implementation):
     smooth, pull = jax.vjp(lambda *inputs: run(*inputs, None, "reference"), *inputs)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(pull(direction)), strict=True):
         assert ours.dtype == theirs.dtype and np.abs(theirs.astype(jnp.float32)).max() > 0.1
-        np.testing.assert_array_equal(ours, theirs)
+        # Kernels' gradients are compiled as one function, in which float32 sums of two terms may be rounded once.
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6 if ours.dtype == jnp.float32 else 0)
     assert (np.asarray(y) != np.asarray(smooth)).mean() > 0.5, "nothing was rounded"
 
 

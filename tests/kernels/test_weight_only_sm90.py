@@ -196,7 +196,9 @@ def test_what_it_takes():
         for form in (FP8_BLOCK, FLOAT_BLOCK, E5M2, ROW, TENSOR):
             assert choice(form) == ("sm90", None)
         assert choice(k=64) == choice(n=64, k=192) == ("sm90", None)
-        assert choice(activations=FP8_GROUP, k=64)[1] == "K = 64 is no multiple of the block of 128"
+        assert choice(activations=FP8_GROUP, k=64) == ("sm90", None)
+        _, refused = choice(activations=FP8_GROUP, n=32768, k=192)
+        assert refused is not None and refused.startswith("K = 192 is no multiple of 128, and to fill up")
         groups = shape((4, 8, 4096), jnp.bfloat16), stored(FP8_BLOCK, 8192, 4096)
         assert api.BLOCK_DIAGONAL.choose(groups, {})[0].name == "sm90"
         narrow = shape((4, 8, 256), jnp.bfloat16), stored(FP8_BLOCK, 256, 256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import TreatedWeight, dense_array, fitted
 
 FLOAT8 = ("e4m3", "e5m2")
+# With it jax 0.11.2 gives int32 sums on an H100 of which none is right.
+NO_AUTOTUNING = "--xla_gpu_autotune_level=0"
 
 
 def operands_unsupported_reason(w: Any, activations: QuantFormat | None) -> str | None:
@@ -30,6 +33,8 @@ def _elements_unsupported_reason(x: str, w: str) -> str | None:
     if "e2m1" in (x, w):
         return "XLA's dot takes no e2m1 codes packed two a byte"
     if x == w == "int8":
+        if here.platform == "gpu" and NO_AUTOTUNING in os.environ.get("XLA_FLAGS", ""):
+            return f"XLA's INT8 products are wrong on GPUs with {NO_AUTOTUNING}: take it out of XLA_FLAGS"
         return None if here.has_int8 else f"{here.name} has no INT8 matrix units that XLA uses"
     if x not in FLOAT8 or w not in FLOAT8:
         return f"no matrix unit multiplies {x} by {w}"

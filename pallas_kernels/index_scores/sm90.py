@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 WIDTHS = (32, 64, 128)  # bytes that a wgmma operand's rows are swizzled over
 MOST_HEADS = 128  # whose weights a thread keeps
+HEAD_STEP = 8  # heads are wgmma's columns: zero heads of weight zero fill them up
 LEAST_PAGE = 32  # keys: the 128 bytes of scales that a copy to shared memory is aligned to
 
 
@@ -34,8 +35,8 @@ def unsupported_reason(q: Any, keys: Any, weights: jax.Array, counts: jax.Array 
     batch, tokens, heads, width = q.shape
     if width not in WIDTHS:
         return f"keys of {width} channels: it takes {', '.join(map(str, WIDTHS))}"
-    if heads % 8 or heads > MOST_HEADS:
-        return f"{heads} heads: it takes multiples of 8 up to {MOST_HEADS}"
+    if not 0 < heads <= MOST_HEADS:
+        return f"{heads} heads: it takes up to {MOST_HEADS}"
     if isinstance(keys, Pages) and (keys.page_size % LEAST_PAGE or (ITEM % keys.page_size and keys.page_size % ITEM)):
         return f"pages of {keys.page_size} keys: it takes 32, 64, and multiples of {ITEM}"
     entries = keys.rows if isinstance(keys, Pages) else keys.shape[-2]
@@ -66,8 +67,13 @@ def index_scores(
     operand = keys_of_pages(keys) if isinstance(keys, Pages) else keys_of_rows(keys)
     if counts is None:
         counts = jnp.full((batch, tokens), operand.entries, jnp.int32)
-    tiling = default_tiling(tokens, heads, width)
-    scores = kernel_sm90.index_scores(codes, scale[..., 0], weights, operand, counts.astype(jnp.int32), tiling)
+    scale = scale[..., 0]
+    if missing := -heads % HEAD_STEP:
+        of_heads = (0, 0), (0, 0), (0, missing)
+        codes = jnp.pad(codes, (*of_heads, (0, 0)))
+        scale, weights = (jnp.pad(x, of_heads) for x in (scale, weights))
+    tiling = default_tiling(tokens, heads + missing, width)
+    scores = kernel_sm90.index_scores(codes, scale, weights, operand, counts.astype(jnp.int32), tiling)
     entries = keys.rows if isinstance(keys, Pages) else keys.shape[1]
     return scores[..., :entries]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import products
 from pallas_kernels.block_matmul import block_dot, matmul, reference, scaled_dot
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
@@ -187,3 +188,11 @@ def test_auto_takes_the_units_where_there_are_some():
     static = TreatedWeight(shape_of(FP8_BLOCK, (8, 256)), jax.ShapeDtypeStruct((1, 1), jnp.float32))
     with pretend(dataclasses.replace(H100, name="some GPU")):
         assert block_dot.unsupported_reason(x, static, activations=ROW) is None
+
+
+def test_int8_without_autotuning_is_refused(monkeypatch):
+    """XLA's sums were all wrong then."""
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_foo {products.NO_AUTOTUNING}")
+    with pretend(H100):
+        reason = products.operands_unsupported_reason(quantize(jnp.ones((128, 128)), INT8), INT8)
+    assert reason is not None and "take it out of XLA_FLAGS" in reason

@@ -36,10 +36,9 @@ from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 from pallas_kernels.mosaic.launch import H100_SMS, sm_count
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
 from pallas_kernels.router.reference import Routing
-from pallas_kernels.router.tiling import CHUNK, TILE, chunks_each
+from pallas_kernels.router.tiling import CHUNK, LANES, TILE, chunks_each, padded_experts
 
 TERMS = {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.bfloat16): 1}  # bfloat16 terms of a weight
-LANES = 128  # what rows and experts are padded to as vectors of a warpgroup
 LEAST, LARGEST = -(2**31), 2**31 - 1
 
 
@@ -54,6 +53,8 @@ class Rules(NamedTuple):
 
 def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax.Array | None, rules: Rules) -> Routing:
     """`reference.router` of x [N, D] bfloat16 and weight [E, D] float32 or bfloat16; sm90.py has the limits."""
+    exist = len(weight)
+    weight, bias = filled_up(weight, bias, padded_experts(exist))
     (tokens, columns), count = x.shape, len(weight)
     chunks = chunks_each(count, columns, H100_SMS if is_interpreted() else sm_count())
     assert chunks is not None, f"a router of {weight.shape}"
@@ -87,7 +88,7 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
             chosen_types, INTERPRETED_SMS, choose_scratch, logits, bias, experts,
         )  # fmt: skip
         placed = launch(lambda *refs: place(*refs, rules=rules), placed_types, INTERPRETED_SMS, {}, flat)
-        return Routing(*chosen, *placed)
+        return of_first(exist, Routing(*chosen, *placed))
 
     def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, terms, tokens_smem, filled, scores):
         logits_gmem, experts_gmem, weights_gmem, scores_gmem, flat_gmem, counts_gmem, order_gmem = outs
@@ -109,7 +110,22 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
         kernel, (logits_type, *chosen_types, *placed_types), blocks, multiply_scratch | choose_scratch,
         x, weight, bias, experts,
     )  # fmt: skip
-    return Routing(*outs[1:4], *outs[5:])
+    return of_first(exist, Routing(*outs[1:4], *outs[5:]))
+
+
+def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
+    """The matrix and bias with `count` experts. Those that are added are never chosen: even where all else is as low or
+    NaN, ties go to the lower expert."""
+    extra = count - len(weight)
+    if not extra:
+        return weight, bias
+    if bias is None:
+        bias = jnp.zeros(len(weight), jnp.float32)
+    return jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
+
+
+def of_first(count: int, routing: Routing) -> Routing:
+    return routing._replace(scores=routing.scores[:, :count], counts=routing.counts[:count])
 
 
 def scratch(x: jax.Array, weight: jax.Array, chunks: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,11 +12,18 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import H100_SMS, sm_count
 from pallas_kernels.router import reference
 from pallas_kernels.router.reference import Routing
-from pallas_kernels.router.tiling import CHUNK, MOST_CHOSEN, MOST_EXPERTS, MOST_TOKENS, chunks_each
+from pallas_kernels.router.tiling import (
+    CHUNK,
+    LANES,
+    MOST_CHOSEN,
+    MOST_EXPERTS,
+    MOST_TOKENS,
+    chunks_each,
+    padded_experts,
+)
 from pallas_kernels.straight_through import straight_through
 
 SCORINGS = ("sqrtsoftplus", "sigmoid", "softmax")
-UNIT = 128  # that the number of experts is a multiple of
 
 
 def unsupported_reason(
@@ -45,12 +52,14 @@ def unsupported_reason(
         return f"there are {tokens} tokens: it takes 1 to {MOST_TOKENS}"
     if not 1 <= k <= MOST_CHOSEN:
         return f"a token takes {k} experts: it takes 1 to {MOST_CHOSEN}"
-    if count % UNIT or not k <= count <= MOST_EXPERTS:
-        return f"there are {count} experts: it takes multiples of {UNIT} up to {MOST_EXPERTS}"
+    if not k <= count <= MOST_EXPERTS:
+        return f"there are {count} experts: it takes at least the {k} that a token takes, up to {MOST_EXPERTS}"
+    if scoring == "softmax" and count != padded_experts(count):
+        return f"softmax over {count} experts: it takes multiples of {LANES}, for others are filled up to one"
     if (
         columns % CHUNK
         or columns == CHUNK
-        or chunks_each(count, columns, H100_SMS if is_interpreted() else sm_count()) is None
+        or chunks_each(padded_experts(count), columns, H100_SMS if is_interpreted() else sm_count()) is None
     ):
         return f"a matrix of {(count, columns)}: it takes parts of {CHUNK} columns, 2 to what the device holds"
     if experts is not None and experts.dtype != jnp.int32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TILE = 64  # experts of a wgmma
 CHUNK = 128  # columns that are multiplied at a time
+LANES = 128  # what rows and experts are padded to as vectors of a warpgroup
 MOST_TOKENS = 128
 MOST_CHOSEN = 8
 MOST_EXPERTS = 512
@@ -18,3 +19,8 @@ def chunks_each(experts: int, columns: int, blocks: int) -> int | None:
     chunks, tiles = columns // CHUNK, experts // TILE
     fitting = (c for c in range(1, MOST_CHUNKS + 1) if chunks % c == 0 and tiles * chunks // c <= blocks)
     return next(fitting, None)
+
+
+def padded_experts(count: int) -> int:
+    """How many experts the kernel works on: those that no router has are never chosen."""
+    return -(-count // LANES) * LANES

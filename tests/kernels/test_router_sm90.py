@@ -50,6 +50,7 @@ def check(got, *arguments, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.
         (9, 256, 256, 8, "sigmoid", True),
         (17, 128, 256, 1, "softmax", True),
         (3, 128, 384, 2, "sqrtsoftplus", False),
+        (2, 8, 256, 8, "sigmoid", True),
     ],
 )
 def test_kernel(tokens, experts, columns, k, scoring, normalize):
@@ -111,6 +112,14 @@ def test_experts_that_a_bias_of_minus_infinity_rules_out():
     assert got.experts.tolist() == [[77, 0, 1]] * 2
 
 
+def test_no_token_takes_an_expert_that_only_fills_up():
+    """Not even where a bias of minus infinity is on all that there are; and one of NaN is the best."""
+    x, weight, _ = inputs(2, experts=8)
+    got = run(x, weight, jnp.full(8, -jnp.inf), None, k=8)
+    assert got.experts.tolist() == [list(range(8))] * 2 and got.counts.tolist() == [2] * 8
+    assert run(x, weight, jnp.zeros(8).at[5].set(-jnp.nan), None, k=1).experts.tolist() == [[5]] * 2
+
+
 def test_permuted_tokens_give_permuted_bits():
     x, weight, bias = inputs(6)
     order = np.random.default_rng(1).permutation(6)
@@ -149,7 +158,13 @@ def test_through_the_api_with_gradients():
         ({"x": jnp.float32}, "x is float32: it takes bfloat16, which products with bfloat16 terms keep exact"),
         ({"tokens": 129}, "there are 129 tokens: it takes 1 to 128"),
         ({"tokens": 0}, "there are 0 tokens: it takes 1 to 128"),
-        ({"experts": 8}, "there are 8 experts: it takes multiples of 128 up to 512"),
+        ({"experts": 5}, "there are 5 experts: it takes at least the 6 that a token takes, up to 512"),
+        ({"experts": 513}, "there are 513 experts: it takes at least the 6 that a token takes, up to 512"),
+        (
+            {"experts": 8},
+            "softmax over 8 experts: it takes multiples of 128, for others are filled up to one",
+        ),
+        ({"experts": 8, "scoring": "sigmoid"}, None),
         (
             {"columns": 192},
             "a matrix of (256, 192): it takes parts of 128 columns, 2 to what the device holds",

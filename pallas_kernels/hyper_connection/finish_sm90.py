@@ -1,11 +1,11 @@
-"""From partial products to a sub-layer's input: coefficients, Sinkhorn, the sum of streams, RMSNorm; on Hopper.
+"""From partial products to a sub-layer's input: the sum of streams by their weights and RMSNorm, on Hopper.
 
-A warpgroup takes `held` tokens. For their coefficients each has one or more warps, a lane for each of the 24 numbers
-while partials are added, then every lane all of them: 16 numbers of a matrix in 16 registers, so that no
-normalisation moves anything between threads. Then one token at a time: its streams, 8 neighbours a thread, are read
-once, in flight while the coefficients are made, and x stays in registers from the weighted sum to its norm.
+A warpgroup has one token at a time: its streams, 8 neighbours a thread, are in registers before the token's partial
+products are known, and x stays there from the weighted sum to its norm. As soon as x is summed the next token's streams
+are asked for. The partials are summed a lane for each of the 24 numbers, parts over the four warps; the sums also go to
+the warpgroup that makes the other coefficients.
 
-Bound: memory, or for few tokens latency: an iteration of Sinkhorn is a chain of some 100 cycles.
+Bound: memory, (2 n + 2) D bytes a token, of which streams come from the L2 cache.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -14,7 +14,9 @@ Bound: memory, or for few tokens latency: an iteration of Sinkhorn is a chain of
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -22,210 +24,87 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hyper_connection.project_sm90 import ROW
-from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, MOST_HELD, STREAMS, PreTiling
-from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import store_narrow
+from pallas_kernels.hyper_connection.coefficients_sm90 import SLOTS, Numbers, sigmoid
+from pallas_kernels.hyper_connection.project_sm90 import ROW, SQUARES
+from pallas_kernels.hyper_connection.share_sm90 import Share
+from pallas_kernels.hyper_connection.tiling import CHUNK, STREAMS, TWO_FINISH
 from pallas_kernels.quantize_rows.kernel_sm90 import registers, spread
-
-AHEAD = 32  # groups of columns up to which a warpgroup holds the next token's streams beside x
-COMB = range(2 * STREAMS, MIXED)
-
-
-class Numbers(NamedTuple):
-    """What `pre` is told besides its arrays."""
-
-    iterations: int
-    eps: float
-    norm_eps: float
-
-
-def scratch(held: int) -> dict[str, Any]:
-    """mixed: the 24 numbers of a token, transposed where there are several. into: its weights of streams."""
-    return {
-        "mixed": plgpu.SMEM((ROW, held) if held > 1 else (held, ROW), jnp.float32),
-        "into": plgpu.SMEM((STREAMS, held), jnp.float32),
-    }
-
-
-def out_types(tokens: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of x, post and comb."""
-    return (
-        jax.ShapeDtypeStruct((tokens, width // CHUNK, CHUNK), jnp.bfloat16),
-        jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
-        jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
-    )
 
 
 def finish(
-    partial: jax.Array,
-    squares: jax.Array,
-    streams: jax.Array,
-    base: jax.Array,
-    scale: jax.Array,
-    norm_weight: jax.Array,
-    numbers: Numbers,
-    tiling: PreTiling,
-) -> tuple[jax.Array, ...]:
-    """x [m, D/128, 128], post [m, 4] and comb [m, 16] of streams [m, 4, D/128, 128], in one launch of its own.
-
-    norm_weight [D/128, 128].
-    """
-    tokens, _, groups, _ = streams.shape
-    held = tiling.held
-    assert tokens % held == 0, f"{tokens} tokens in {tiling}"
-    if held > MOST_HELD and not is_interpreted():
-        raise ValueError(f"held={held} does not compile with jax {jax.__version__}: use held={MOST_HELD}, or jax 0.11")
-
-    def kernel(*refs, **scratch):
-        token = lax.axis_index("item") * held
-        finish_tokens(token, *refs, numbers=numbers, tiling=tiling, **scratch)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=out_types(tokens, groups * CHUNK),
-        grid=(tokens // held,),
-        grid_names=("item",),
-        scratch_types=scratch(held),
-    )(partial, squares, streams, base, scale, norm_weight)
-
-
-def finish_tokens(
-    token: jax.Array,
+    finisher: jax.Array,
     partial_gmem: Any,
-    squares_gmem: Any,
     streams_gmem: Any,
     base_gmem: Any,
     scale_gmem: Any,
     norm_weight_gmem: Any,
     x_gmem: Any,
-    post_gmem: Any,
-    comb_gmem: Any,
     *,
+    share: Share,
     numbers: Numbers,
-    tiling: PreTiling,
+    wait_for: Callable[[jax.Array], None],
+    have_read: Callable[[jax.Array], None],
     mixed: Any,
-    into: Any,
+    whose: Any,
+    noted: Any,
+    taken: Any,
 ) -> None:
-    """What becomes of the `held` tokens from `token` on."""
-    held, groups = tiling.held, streams_gmem.shape[2]
+    """x of the finisher's tokens, by one warpgroup; the 24 numbers and the squares of each into a row of `mixed`.
+
+    wait_for: until the partials of round i are in memory. have_read: tells that the round's streams are in registers.
+    """
+    tokens, _, groups, _ = streams_gmem.shape
     layout = registers(groups)
+    ahead = groups * CHUNK <= TWO_FINISH  # there are registers for the next token's streams beside x
+    base, scale = [base_gmem[o] for o in range(STREAMS)], scale_gmem[0]
+    each = SLOTS // share.cut.finishers
 
-    def load_streams(t: int) -> list[jax.Array]:
-        at = streams_gmem.at[token + t]
-        return [plgpu.load(at.at[i], layout=layout, optimized=False) for i in range(STREAMS)]
+    def load_streams(i: jax.Array) -> list[jax.Array]:
+        token = jnp.minimum(share.token(i, finisher), tokens - 1)
+        at = streams_gmem.at[token]
+        return [plgpu.load(at.at[s], layout=layout, optimized=False) for s in range(STREAMS)]
 
-    def load_factors() -> jax.Array:
-        return plgpu.load(norm_weight_gmem, layout=layout, optimized=False)
-
-    streams = load_streams(0)  # before anything that waits
-    factors = load_factors() if held == 1 else None
-    constants = [base_gmem[o] for o in range(MIXED)], [scale_gmem[i] for i in range(3)]
-    rows = pl.ds(token, held)
-    logits = mixed_numbers(partial_gmem.at[:, :, rows], squares_gmem.at[:, :, rows], constants, mixed, numbers, tiling)
-
-    def store(gmem, i, value):
-        if held == 1:
-            gmem[token, i] = value
-        else:
-            store_narrow(gmem, (rows, i), value)
-
-    weights = [sigmoid(logits[i]) + numbers.eps for i in range(STREAMS)]
-    for i, weight in enumerate(weights):
-        store(post_gmem, i, 2 * sigmoid(logits[STREAMS + i]))
-        if held > 1:
-            into[i] = weight
-    for i, value in enumerate(sinkhorn([logits[o] for o in COMB], numbers)):
-        store(comb_gmem, i, value)
-    for t in range(held):
-        of_token = weights if held == 1 else [into[i, t] for i in range(STREAMS)]
-        parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(of_token, streams, strict=True)]
+    def round_(i, streams):
+        token = share.token(i, finisher)
+        streams = streams or load_streams(i)
+        of_batch = lax.rem(i, each)
+        pl.when((of_batch == 0) & (i > 0))(lambda: plgpu.barrier_wait(taken))
+        wait_for(i)
+        slot = of_batch * share.cut.finishers + finisher
+        sums = mixed.at[slot]
+        sums[pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, jnp.minimum(token, partial_gmem.shape[2] - 1)])
+        whose[slot] = jnp.where(token < tokens, token, -1)
+        inverse_rms = lax.rsqrt(sums[SQUARES] / (STREAMS * groups * CHUNK) + numbers.norm_eps)
+        weights = [sigmoid(sums[s] * inverse_rms * scale + base[s]) + numbers.eps for s in range(STREAMS)]
+        pl.when((of_batch == each - 1) | (i == share.rounds - 1))(lambda: plgpu.barrier_arrive(noted))
+        parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(weights, streams, strict=True)]
         wide = functools.reduce(jnp.add, parts)
-        if t + 1 < held and groups <= AHEAD:
-            streams = load_streams(t + 1)
-        of_columns = load_factors() if factors is None else factors  # again: registers are scarce
+        have_read(i)
+        streams = load_streams(i + 1) if ahead else []
         squares = jnp.sum(wide * wide, axis=1)
         squares = jnp.sum(squares) if groups > 1 else spread(squares, layout)
-        x = wide * lax.rsqrt(squares / (groups * CHUNK) + numbers.norm_eps) * of_columns.astype(jnp.float32)
-        x_gmem[token + t] = x.astype(jnp.bfloat16)
-        if t + 1 < held and groups > AHEAD:
-            streams = load_streams(t + 1)
+        factors = plgpu.load(norm_weight_gmem, layout=layout, optimized=False).astype(jnp.float32)
+        x = wide * lax.rsqrt(squares / (groups * CHUNK) + numbers.norm_eps) * factors
+
+        @pl.when(token < tokens)
+        def _store():
+            x_gmem[token] = x.astype(jnp.bfloat16)
+
+        return streams
+
+    lax.fori_loop(0, share.rounds, round_, load_streams(jnp.int32(0)) if ahead else [])
 
 
-def mixed_numbers(
-    partial_gmem: Any, squares_gmem: Any, constants: Any, mixed_smem: Any, numbers: Numbers, tiling: PreTiling
-) -> list[jax.Array]:
-    """mix * scale + base: 24 arrays [held], of partials [groups, each, held, 32] and squares [groups, each, held]."""
-    base, scale = constants
-    lanes = token_lanes(tiling.held)
-    columns = partial_gmem.shape[0] * GROUP * CHUNK
-
-    several = partial_gmem.shape[0] > 1  # groups: Mosaic infers no layout for an axis of one
-
-    def of_chunk(c: int) -> tuple[jax.Array, jax.Array]:  # of every group
-        at = (slice(None) if several else 0, c)
-        return (
-            plgpu.load(partial_gmem.at[at], layout=lanes, optimized=False),
-            plgpu.load(squares_gmem.at[at], layout=lanes.reduce(1), optimized=False),
-        )
-
-    product, squares = functools.reduce(added, map(of_chunk, range(partial_gmem.shape[1])))
-    if several:
-        product, squares = jnp.sum(product, axis=0), jnp.sum(squares, axis=0)
-    inverse_rms = lax.rsqrt(squares / columns + numbers.norm_eps)
-    mix = product * plgpu.layout_cast(lax.broadcast_in_dim(inverse_rms, product.shape, [0]), lanes)
-    if tiling.held == 1:  # scalars: every thread has all numbers of the one token
-        mixed_smem[...] = mix
-        found = [mixed_smem[0, o] for o in range(MIXED)]
-    else:
-        mixed_smem.T[...] = mix
-        found = [plgpu.load(mixed_smem.at[o], layout=lanes.reduce(1), optimized=False) for o in range(MIXED)]
-    return [x * scale[min(o // STREAMS, 2)] + base[o] for o, x in enumerate(found)]
+def summed(partial_gmem: Any) -> jax.Array:
+    """[32] in each warp's lanes, of a token's partials [groups, each, 32]."""
+    groups, each, _ = partial_gmem.shape
+    lanes = part_lanes(groups)
+    loaded = [plgpu.load(partial_gmem.at[:, c], layout=lanes, optimized=False) for c in range(each)]
+    return jnp.sum(functools.reduce(jnp.add, loaded), axis=0)
 
 
-def added(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def sinkhorn(logits: list[jax.Array], numbers: Numbers) -> list[jax.Array]:
-    """The 16 numbers of the matrix, row by row, from those of its logits: `reference.sinkhorn` unrolled."""
-    n = STREAMS
-
-    def sums(values: list[jax.Array]) -> list[jax.Array]:  # of rows
-        return [(a + b) + (c + d) for a, b, c, d in (values[i : i + n] for i in range(0, n * n, n))]
-
-    def normalize_rows(values: list[jax.Array]) -> list[jax.Array]:
-        inverse = [reciprocal(total + numbers.eps) for total in sums(values)]
-        return [value * inverse[i // n] for i, value in enumerate(values)]
-
-    def normalize_columns(values: list[jax.Array]) -> list[jax.Array]:
-        return transposed(normalize_rows(transposed(values)))
-
-    def transposed(values: list[jax.Array]) -> list[jax.Array]:
-        return [values[i % n * n + i // n] for i in range(n * n)]
-
-    most = [functools.reduce(jnp.maximum, logits[i : i + n]) for i in range(0, n * n, n)]
-    values = [jnp.exp(logit - most[i // n]) for i, logit in enumerate(logits)]
-    inverse = [reciprocal(total) for total in sums(values)]
-    values = normalize_columns([value * inverse[i // n] + numbers.eps for i, value in enumerate(values)])
-
-    def both(_: Any, values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(normalize_columns(normalize_rows(list(values))))
-
-    return list(lax.fori_loop(0, numbers.iterations - 1, both, tuple(values)))
-
-
-def reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x for positive x, to a few units in the last place: a division is a chain four times as long."""
-    root = lax.rsqrt(x)
-    return root * root
-
-
-def sigmoid(x: jax.Array) -> jax.Array:
-    return 1 / (1 + jnp.exp(-x))
-
-
-def token_lanes(held: int) -> Any:
-    """How a warpgroup has [held, 32]: a lane for each column, and every token 4 / held warps."""
-    warp_dims = {4: (-3,), 2: (plgpu.Replicated(2), -3), 1: (plgpu.Replicated(4),)}[held]
-    return plgpu.Layout.TILED(plgpu.Tiling(((held, ROW), (1,))), warp_dims, (-2,), -1)
+def part_lanes(groups: int) -> Any:
+    """How a warpgroup has [groups, 32]: a lane for each column, groups over as many warps as divide them."""
+    warps = math.gcd(groups, 4)
+    warp_dims = {4: (-3,), 2: (plgpu.Replicated(2), -3), 1: (plgpu.Replicated(4),)}[warps]
+    return plgpu.Layout.TILED(plgpu.Tiling(((warps, ROW), (1,))), warp_dims, (-2,), -1)

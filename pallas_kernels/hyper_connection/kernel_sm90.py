@@ -137,7 +137,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
                 warpgroup - 2, partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
                 share=of_block, numbers=numbers,
                 wait_for=wait_for, have_read=have_read,
-                **{name: refs[name] for name in ("mixed", "whose", "noted", "taken")},
+                **{name: refs[name] for name in coefficients_sm90.scratch(1)},
             )  # fmt: skip
 
     return plgpu.kernel(
@@ -164,18 +164,28 @@ def set_registers(count: int, of: Cut) -> None:
 def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling) -> Any:
     """The same warpgroups for the simulated GPU: nobody waits for another thread block."""
     tokens, _, groups, _ = streams.shape
-    width = groups * CHUNK
-    of = cut(tokens, width, tiling, sm_count())
-    common = {"grid": (of.blocks,), "grid_names": ("block",), "thread_name": "warpgroup"}
+    of = cut(tokens, groups * CHUNK, tiling, sm_count())
+    partial = first_launch(of, tiling, groups * CHUNK)(f, fn)
+    return second_launch(of, numbers, groups * CHUNK)(partial, streams, base, scale, norm_weight)
 
-    def nothing(_: Any) -> None:
-        pass
 
-    def first(f_gmem, fn_gmem, partial_gmem, **refs):
+def first_launch(of: Cut, tiling: PreTiling, width: int) -> Callable[..., Any]:
+    def kernel(f_gmem, fn_gmem, partial_gmem, **refs):
         of_block = share(of, lax.axis_index("block"))
         project(f_gmem, fn_gmem, partial_gmem, share=of_block, tiling=tiling, may_load=nothing, done=nothing, **refs)
 
-    def second(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem, post_gmem, comb_gmem, **refs):
+    return plgpu.kernel(
+        kernel,
+        out_type=partial_type(of.tokens, width, tiling),
+        grid=(of.blocks,),
+        grid_names=("block",),
+        scratch_types=project_sm90.scratch(tiling),
+    )
+
+
+def second_launch(of: Cut, numbers: Numbers, width: int) -> Callable[..., Any]:
+    def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, **refs):
+        x_gmem, post_gmem, comb_gmem = outs
         of_block = share(of, lax.axis_index("block"))
         warpgroup = lax.axis_index("warpgroup")
 
@@ -190,15 +200,19 @@ def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, 
         def _finish():
             finish(
                 warpgroup - 1, partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers, wait_for=nothing, have_read=nothing,
-                **{name: refs[name] for name in ("mixed", "whose", "noted", "taken")},
+                share=of_block, numbers=numbers, wait_for=nothing, have_read=nothing, **refs,
             )  # fmt: skip
 
-    partial = plgpu.kernel(
-        first, out_type=partial_type(tokens, width, tiling), num_threads=1,
-        scratch_types=project_sm90.scratch(tiling), **common,
-    )(f, fn)  # fmt: skip
     return plgpu.kernel(
-        second, out_type=out_types(tokens, width), num_threads=1 + of.finishers,
-        scratch_types=coefficients_sm90.scratch(of.finishers), **common,
-    )(partial, streams, base, scale, norm_weight)  # fmt: skip
+        kernel,
+        out_type=out_types(of.tokens, width),
+        grid=(of.blocks,),
+        grid_names=("block",),
+        num_threads=1 + of.finishers,
+        thread_name="warpgroup",
+        scratch_types=coefficients_sm90.scratch(of.finishers),
+    )
+
+
+def nothing(_: Any) -> None:
+    pass

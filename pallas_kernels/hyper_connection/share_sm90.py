@@ -35,7 +35,6 @@ class Cut(NamedTuple):
         """Tokens that a team finishes at once."""
         return self.parts * self.finishers
 
-
     def least_lag(self, tiling: PreTiling) -> int:
         """Tiles between one that is loaded and one that must be finished, lest thread blocks wait for themselves.
 
@@ -65,8 +64,9 @@ class Share(NamedTuple):
 
     @property
     def rounds(self) -> jax.Array:
-        """How many tokens each finisher has: `token(i, finisher)` for i below it; some may not exist."""
-        return lax.div(self.tiles * TILE + self.cut.at_once - 1, self.cut.at_once)
+        """How many tokens each finisher has: `token(i, finisher)` for i below it; some may not exist, the first does."""
+        rounds = lax.div(self.tiles * TILE + self.cut.at_once - 1, self.cut.at_once)
+        return jnp.where(self.token(jnp.int32(0), 0) < self.cut.tokens, rounds, 0)
 
     def tile(self, i: jax.Array) -> jax.Array:
         return self.team + i * self.cut.teams

@@ -1,4 +1,7 @@
-"""`post` and `comb` of mHC on Hopper, a lane a token: sigmoids, and Sinkhorn's iterations on two vectors.
+"""The coefficients of mHC on Hopper: sums of partials, then `post` and `comb` of many tokens, a lane a token.
+
+One warpgroup sums a token's partial products, a lane for each of the 24 numbers and parts over the four warps, and
+hands them to the finishers. Every BATCH tokens it makes of them what finishers do not need: sigmoids and Sinkhorn.
 
 Sinkhorn divides the rows and the columns of a matrix A in turn by their sums: it is diag(r) A diag(c) all the time. So
 only r and c change, four numbers each, and an iteration is two products with A and eight reciprocals:
@@ -12,6 +15,7 @@ registers of its lane, so that nothing moves between threads. Bound: latency, a 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,12 +26,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hyper_connection.project_sm90 import ROW, SQUARES
-from pallas_kernels.hyper_connection.share_sm90 import Share
-from pallas_kernels.hyper_connection.tiling import MIXED, STREAMS
+from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
+from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS
 from pallas_kernels.mosaic import lane_rows
 
+SLOTS = lane_rows.ROWS  # tokens whose numbers are kept
+BATCH = SLOTS // 2  # of which the coefficients are made at once, while those of the other half are still read
 WANTED = SQUARES + lane_rows.PITCH  # columns of a row, a multiple of four
-SLOTS = lane_rows.ROWS  # tokens whose coefficients are made at once
 
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -42,17 +47,18 @@ class Numbers(NamedTuple):
     norm_eps: float
 
 
-def scratch(finishers: int) -> dict[str, Any]:
-    """mixed: the sums of a token's partials in a row. whose: which token, -1 for none."""
+def scratch(of: Cut) -> dict[str, Any]:
+    """mixed: the sums of the partials of the token of round i in row i % SLOTS."""
+    rows = min(SLOTS, of.most_rounds)
     return {
         "mixed": plgpu.SMEM((SLOTS, ROW + lane_rows.PITCH), jnp.float32),
-        "whose": plgpu.SMEM((SLOTS,), jnp.int32),
-        "noted": plgpu.Barrier(num_arrivals=finishers),
-        "taken": plgpu.Barrier(num_arrivals=1),
+        "ready": plgpu.Barrier(num_arrivals=1, num_barriers=rows),  # a row is written
+        "read": plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=2),  # the finishers have read a batch's
     }
 
 
 def make_coefficients(
+    partial_gmem: Any,
     base_gmem: Any,
     scale_gmem: Any,
     post_gmem: Any,
@@ -61,34 +67,61 @@ def make_coefficients(
     share: Share,
     columns: int,
     numbers: Numbers,
-    announce: Callable[[jax.Array], None],
+    wait_for: Callable[[jax.Array], None],
     mixed: Any,
-    whose: Any,
-    noted: Any,
-    taken: Any,
+    ready: Any,
+    read: Any,
 ) -> None:
-    """`post` and `comb` of the thread block's tokens, by one warpgroup, which also tells finishers when they can go on.
+    """Sums of partials, `post` and `comb` of the thread block's tokens, by one warpgroup.
 
-    announce: waits until the partials of round i are in memory, and says so.
+    wait_for: waits until the partials of the token of round i are in memory.
     """
-    finishers = share.cut.finishers
-    each = SLOTS // finishers
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]
+    last = partial_gmem.shape[2] - 1
 
-    @pl.loop(0, lax.div(share.rounds + each - 1, each))
+    def sum_partials(i: jax.Array) -> None:
+        wait_for(i)
+        slot = lax.rem(i, SLOTS)
+        of_token = partial_gmem.at[:, :, jnp.minimum(share.token(i), last)]
+        mixed.at[slot][pl.ds(0, ROW)] = summed(of_token)
+        plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
+
+    @pl.loop(0, lax.div(share.rounds + BATCH - 1, BATCH))
     def _batch(b):
-        rounds = jnp.minimum(each, share.rounds - b * each)
-        pl.loop(0, rounds)(lambda i: announce(b * each + i))
-        plgpu.barrier_wait(noted)
+        half, first = lax.rem(b, 2), b * BATCH
+        rounds = jnp.minimum(BATCH, share.rounds - first)
+        pl.when(b >= 2)(lambda: plgpu.barrier_wait(read.at[half]))
+        pl.loop(0, rounds)(lambda i: sum_partials(first + i))
+        of_batch = plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=lane_rows.LAYOUT) - half * BATCH
+        tokens = share.token(first + of_batch)
+        exists = (of_batch >= 0) & (of_batch < rounds) & (tokens < share.cut.tokens)
+        tokens = jnp.where(exists, tokens, -1)
         found = lane_rows.load(mixed, WANTED)
-        slot = plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=lane_rows.LAYOUT)
-        rows = jnp.where(slot < rounds * finishers, plgpu.load(whose, layout=lane_rows.LAYOUT, optimized=False), -1)
-        pl.when((b + 1) * each < share.rounds)(lambda: plgpu.barrier_arrive(taken))
         inverse_rms = lax.rsqrt(found[SQUARES] / columns + numbers.norm_eps)
         logits = [found[o] * inverse_rms * scale[min(o // STREAMS, 2)] + base[o] for o in range(MIXED)]
-        lane_rows.store(post_gmem, rows, [2 * sigmoid(x) for x in logits[STREAMS : 2 * STREAMS]])
-        lane_rows.store(comb_gmem, rows, sinkhorn(logits[2 * STREAMS :], numbers))
+        lane_rows.store(post_gmem, tokens, [2 * sigmoid(x) for x in logits[STREAMS : 2 * STREAMS]])
+        lane_rows.store(comb_gmem, tokens, sinkhorn(logits[2 * STREAMS :], numbers))
+
+
+def summed(partial_gmem: Any) -> jax.Array:
+    """[32] in each warp's lanes, of a token's partials [groups, each, 32].
+
+    Mosaic adds what warps hold in memory that it has once for a thread block: no other warpgroup may do so.
+    """
+    groups, each, _ = partial_gmem.shape
+    lanes = part_lanes(groups)
+    sums = [plgpu.load(partial_gmem.at[:, c], layout=lanes, optimized=False) for c in range(each)]
+    while len(sums) > 1:
+        sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+    return jnp.sum(sums[0], axis=0)
+
+
+def part_lanes(groups: int) -> Any:
+    """How a warpgroup has [groups, 32]: a lane for each column, groups over as many warps as divide them."""
+    warps = math.gcd(groups, 4)
+    warp_dims = {4: (-3,), 2: (plgpu.Replicated(2), -3), 1: (plgpu.Replicated(4),)}[warps]
+    return plgpu.Layout.TILED(plgpu.Tiling(((warps, ROW), (1,))), warp_dims, (-2,), -1)
 
 
 def sinkhorn(logits: list[jax.Array], numbers: Numbers) -> list[jax.Array]:

@@ -1,9 +1,9 @@
 """mHC's `pre` on Hopper in one launch.
 
 Thread blocks form teams that have the same tiles of 64 tokens, each member a part of the columns. Warpgroups:
-1. project (project_sm90.py): partial products and squares of its columns, for one tile after another;
-2. one or two finish (finish_sm90.py): x of a token, of each tile a few tokens a thread block;
-3. make coefficients (coefficients_sm90.py): `post` and `comb` of those tokens, 32 at once.
+0. project (project_sm90.py): partial products and squares of its columns, for one tile after another;
+1. make coefficients (coefficients_sm90.py): sums of the partials of a few tokens of each tile, their `post` and `comb`;
+2, 3. finish (finish_sm90.py): those tokens' x.
 A team's members hand partials over in device memory: whoever has written a tile's says so at its semaphore. There are
 no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag` tiles ahead of those
 it has finished, so that finishers find their streams in the L2 cache.
@@ -26,18 +26,18 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hyper_connection import coefficients_sm90, project_sm90
+from pallas_kernels.hyper_connection import coefficients_sm90, finish_sm90, project_sm90
 from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, make_coefficients
 from pallas_kernels.hyper_connection.finish_sm90 import finish
 from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, whole_tiles
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
-from pallas_kernels.hyper_connection.tiling import CHUNK, STREAMS, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, PreTiling, default_tiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 
-# Registers a thread of those who project, make coefficients and finish, by the number of warpgroups that finish.
-PROJECT_REGISTERS, COEFFICIENT_REGISTERS, FINISH_REGISTERS = 104, 64, {2: 168, 1: 240}
+# Registers a thread of those who project, make coefficients and finish: 128 on average.
+PROJECT_REGISTERS, COEFFICIENT_REGISTERS, FINISH_REGISTERS = 104, 64, 168
 
 
 def pre(
@@ -54,58 +54,50 @@ def pre(
 ) -> tuple[jax.Array, Mix]:
     """`reference.pre` of streams [.., 4, D] bfloat16 and fn [24, 4 D] float32; D is a multiple of 256."""
     *leading, n, width = streams.shape
-    f = streams.reshape(-1, n * width)
-    tiling = tiling or default_tiling(len(f))
-    arguments = (
-        whole_tiles(f), fn, f.reshape(len(f), n, width // CHUNK, CHUNK),
-        base.astype(jnp.float32), scale.astype(jnp.float32), norm_weight.reshape(-1, CHUNK),
-    )  # fmt: skip
+    rows = streams.reshape(-1, n, width)
+    tiling = tiling or default_tiling(len(rows), width, sm_count())
     run = in_two_launches if is_interpreted() else in_one_launch
-    x, post, comb = run(*arguments, Numbers(iterations, eps, norm_eps), tiling)
+    x, post, comb = run(
+        whole_tiles(rows.reshape(-1, n * width)), fn, rows, base.astype(jnp.float32), scale.astype(jnp.float32),
+        norm_weight, Numbers(iterations, eps, norm_eps), tiling,
+    )  # fmt: skip
     return x.reshape(*leading, width), Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
 
 
 def out_types(tokens: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Of x, post and comb."""
     return (
-        jax.ShapeDtypeStruct((tokens, width // CHUNK, CHUNK), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
         jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
         jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
     )
 
 
 def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling) -> Any:
-    tokens, _, groups, _ = streams.shape
-    width = groups * CHUNK
-    of, lag = cut(tokens, width, tiling, sm_count()), tiling.lag
+    tokens, _, width = streams.shape
+    of = cut(tokens, width, tiling, sm_count())
+    lag = min(tiling.lag, of.most_tiles)  # no more barriers than there is use for
     if of.blocks > sm_count():
         raise ValueError(f"{tiling} takes {of.blocks} thread blocks at {width} columns, and they wait for one another")
-    if lag < (least := of.least_lag(tiling)):
+    if tiling.lag < (least := of.least_lag(tiling)):
         raise ValueError(f"{tiling} lags too little: at {width} columns and {tokens} tokens {least} tiles at least")
 
-    def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *rest, ready, finished, **refs):
-        x_gmem, post_gmem, comb_gmem, partial_gmem = rest
-        of_block = share(of, lax.axis_index("block"))
-        partials = pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,)))
-        warpgroup = lax.axis_index("warpgroup")
+    def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, finished, **refs):
+        x_gmem, post_gmem, comb_gmem, partial_gmem = outs
+        of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
+        written = pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,)))
 
         def may_load(i):
             pl.when(i >= lag)(lambda: plgpu.barrier_wait(finished.at[lax.rem(i - lag, lag)]))
 
         def done(i):
-            plgpu.semaphore_signal(partials.at[of_block.tile(i)], memory_scope="gpu")
-
-        def announce(i):
-            @pl.loop(of_block.tiles_begun(i), of_block.tiles_begun(i + 1))
-            def _tile(j):
-                tile = of_block.tile(j)
-                plgpu.semaphore_wait(partials.at[tile], of.parts, decrement=False, memory_scope="gpu")
-                plgpu.barrier_arrive(ready.at[lax.rem(j, lag)])
+            plgpu.semaphore_signal(written.at[of_block.tile(i)], memory_scope="gpu")
 
         def wait_for(i):
             @pl.loop(of_block.tiles_begun(i), of_block.tiles_begun(i + 1))
             def _tile(j):
-                plgpu.barrier_wait(ready.at[lax.rem(j, lag)])
+                at = written.at[of_block.tile(j)]
+                plgpu.semaphore_wait(at, of.parts, decrement=False, memory_scope="gpu")
 
         def have_read(i):
             @pl.loop(of_block.tiles_finished(i), of_block.tiles_finished(i + 1))
@@ -114,62 +106,51 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
 
         @pl.when(warpgroup == 0)
         def _project():
-            set_registers(PROJECT_REGISTERS, of)
-            names = project_sm90.scratch(tiling)
-            project(
-                f_gmem, fn_gmem, partial_gmem, share=of_block, tiling=tiling, may_load=may_load, done=done,
-                **{name: refs[name] for name in names},
-            )  # fmt: skip
+            plgpu.set_max_registers(PROJECT_REGISTERS, action="decrease")
+            own = {name: refs[name] for name in project_sm90.scratch(tiling)}
+            project(f_gmem, fn_gmem, partial_gmem, share=of_block, tiling=tiling, may_load=may_load, done=done, **own)
 
         @pl.when(warpgroup == 1)
         def _coefficients():
-            set_registers(COEFFICIENT_REGISTERS, of)
+            plgpu.set_max_registers(COEFFICIENT_REGISTERS, action="decrease")
+            own = {name: refs[name] for name in coefficients_sm90.scratch(of)}
             make_coefficients(
-                base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, columns=STREAMS * width, numbers=numbers, announce=announce,
-                **{name: refs[name] for name in coefficients_sm90.scratch(1)},
+                partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
+                share=of_block, columns=STREAMS * width, numbers=numbers, wait_for=wait_for, **own,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 2)
         def _finish():
-            set_registers(FINISH_REGISTERS[of.finishers], of)
+            plgpu.set_max_registers(FINISH_REGISTERS, action="increase")
+            own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch()}
             finish(
-                warpgroup - 2, partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers,
-                wait_for=wait_for, have_read=have_read,
-                **{name: refs[name] for name in coefficients_sm90.scratch(1)},
+                warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
+                share=of_block, numbers=numbers, have_read=have_read, **own,
             )  # fmt: skip
 
+    finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
     return plgpu.kernel(
         kernel,
         out_type=(*out_types(tokens, width), partial_type(tokens, width, tiling)),
         grid=(of.blocks,),
         grid_names=("block",),
-        num_threads=2 + of.finishers,
+        num_threads=2 + FINISHERS,
         thread_name="warpgroup",
         scratch_types={
-            **project_sm90.scratch(tiling),
-            **coefficients_sm90.scratch(of.finishers),
-            "ready": plgpu.Barrier(num_arrivals=1, num_barriers=lag),
-            "finished": plgpu.Barrier(num_arrivals=of.finishers, num_barriers=lag),
+            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(), "finished": finished,
         },
-    )(f, fn, streams, base, scale, norm_weight)[:3]
-
-
-def set_registers(count: int, of: Cut) -> None:
-    launched = 65536 // 128 // (2 + of.finishers) // 8 * 8
-    plgpu.set_max_registers(count, action="increase" if count > launched else "decrease")
+    )(f, fn, streams, base, scale, norm_weight)[:3]  # fmt: skip
 
 
 def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling) -> Any:
     """The same warpgroups for the simulated GPU: nobody waits for another thread block."""
-    tokens, _, groups, _ = streams.shape
-    of = cut(tokens, groups * CHUNK, tiling, sm_count())
-    partial = first_launch(of, tiling, groups * CHUNK)(f, fn)
-    return second_launch(of, numbers, groups * CHUNK)(partial, streams, base, scale, norm_weight)
+    tokens, _, width = streams.shape
+    of = cut(tokens, width, tiling, sm_count())
+    partial = first_launch(of, width, tiling)(f, fn)
+    return second_launch(of, width, numbers)(partial, streams, base, scale, norm_weight)
 
 
-def first_launch(of: Cut, tiling: PreTiling, width: int) -> Callable[..., Any]:
+def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
     def kernel(f_gmem, fn_gmem, partial_gmem, **refs):
         of_block = share(of, lax.axis_index("block"))
         project(f_gmem, fn_gmem, partial_gmem, share=of_block, tiling=tiling, may_load=nothing, done=nothing, **refs)
@@ -183,24 +164,23 @@ def first_launch(of: Cut, tiling: PreTiling, width: int) -> Callable[..., Any]:
     )
 
 
-def second_launch(of: Cut, numbers: Numbers, width: int) -> Callable[..., Any]:
-    def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, **refs):
+def second_launch(of: Cut, width: int, numbers: Numbers) -> Callable[..., Any]:
+    def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, squares, both, **refs):
         x_gmem, post_gmem, comb_gmem = outs
-        of_block = share(of, lax.axis_index("block"))
-        warpgroup = lax.axis_index("warpgroup")
+        of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == 0)
         def _coefficients():
             make_coefficients(
-                base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, columns=STREAMS * width, numbers=numbers, announce=nothing, **refs,
+                partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
+                share=of_block, columns=STREAMS * width, numbers=numbers, wait_for=nothing, **refs,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 1)
         def _finish():
             finish(
-                warpgroup - 1, partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers, wait_for=nothing, have_read=nothing, **refs,
+                warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
+                share=of_block, numbers=numbers, have_read=nothing, squares=squares, both=both, **refs,
             )  # fmt: skip
 
     return plgpu.kernel(
@@ -208,9 +188,9 @@ def second_launch(of: Cut, numbers: Numbers, width: int) -> Callable[..., Any]:
         out_type=out_types(of.tokens, width),
         grid=(of.blocks,),
         grid_names=("block",),
-        num_threads=1 + of.finishers,
+        num_threads=1 + FINISHERS,
         thread_name="warpgroup",
-        scratch_types=coefficients_sm90.scratch(of.finishers),
+        scratch_types={**coefficients_sm90.scratch(of), **finish_sm90.scratch()},
     )
 
 

@@ -3,13 +3,14 @@
     partial[p, t, o] = sum over the columns k of part p of f[t, k] fn[o, k],    partial[p, t, 24] = sum of f[t, k]^2
 
 f [m, K] is bfloat16. fn [24, K] is float32, the exact sum of three bfloat16 terms (8 of its 24 bits each), so that
-three wgmmas with float32 sums lose nothing: TF32 would keep 11 bits. A thread block keeps the terms of its columns in
-shared memory and meets tiles of 64 tokens: one warpgroup copies [64, 256] units of them (TMA) into `stages` buffers,
-multiplies, and squares what it reads meanwhile. Units are added in one order (in pairs, then the pairs), whichever
-thread block has them: a token's bits depend neither on other tokens nor on their number.
+wgmmas with float32 sums lose nothing: TF32 would keep 11 bits. The terms are 72 rows of one operand, so that a wgmma
+reads the streams once for all. A thread block keeps the terms of its columns in shared memory and meets tiles of 64
+tokens: one warpgroup copies [64, 128] units of them (TMA) into `stages` buffers, multiplies, and squares what it reads
+meanwhile. Units are added in one order (in pairs, then the pairs), whichever thread block has them: a token's bits
+depend neither on other tokens nor on their number.
 
-Bound: 2 m K bytes / 3.35 TB/s; a unit is 768 cycles of wgmma (three of 64 x 24 in 16 steps, each at least the 16 cycles
-of reading 64 x 16), where 132 SMs wait some 2400 cycles for its 32 KB.
+Bound: 2 m K bytes / 3.35 TB/s; a unit is 8 wgmmas of 64 x 72 x 16, some 36 cycles each, where 132 SMs wait some 1200
+cycles for its 16 KB.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -29,12 +30,12 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.kernel_sm90 import ROWS, swizzled
 from pallas_kernels.hyper_connection.share_sm90 import Share
-from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, STREAMS, TILE, TMA_ROWS, UNIT, PreTiling
+from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, STREAMS, TILE, TMA_ROWS, UNIT, PreTiling
 from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
 
 TERMS = 3  # bfloat16 terms of a float32
-AT_ONCE = 2  # chunks of fn that are loaded before one is split: 48 registers
+AT_ONCE = 2  # units of fn that are loaded before one is split: 48 registers
 ROW = 32  # columns of a partial's row: 24, the squares, and as many as a warp has lanes
 SQUARES = MIXED  # the column of the squares
 
@@ -42,7 +43,7 @@ SQUARES = MIXED  # the column of the squares
 def scratch(tiling: PreTiling) -> dict[str, Any]:
     return {
         "unit": plgpu.SMEM((tiling.stages, TILE, UNIT), jnp.bfloat16, transforms=swizzled(2)),
-        "fn": plgpu.SMEM((TERMS, MIXED, tiling.units * UNIT), jnp.bfloat16, transforms=swizzled(2)),
+        "fn": plgpu.SMEM((TERMS * MIXED, tiling.units * UNIT), jnp.bfloat16, transforms=swizzled(2)),
         "filled": plgpu.Barrier(num_arrivals=1, num_barriers=tiling.stages),
     }
 
@@ -90,27 +91,33 @@ def project(
         pl.when(step < steps)(lambda step=step: load(jnp.int32(step)))
     split_terms(fn_gmem, fn, share.part * units, units)
 
+    def of_unit(i: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
+        step = i * units + c
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(filled.at[slot])
+        sums = unit_sums(unit.at[slot], fn.at[:, pl.ds(c * UNIT, UNIT)])
+        plgpu.commit_smem()  # everyone has read the unit
+
+        @pl.when(step + stages < steps)
+        def _next():
+            pl.when(lax.rem(step + stages, units) == 0)(lambda: may_load(lax.div(step + stages, units)))
+            load(step + stages)
+
+        return sums
+
     @pl.loop(0, share.tiles)
     def _tile(i):
-        def add_unit(c, sums):
-            step = i * units + c
-            slot = lax.rem(step, stages)
-            plgpu.barrier_wait(filled.at[slot])
-            of_unit = unit_sums(unit.at[slot], fn.at[:, :, pl.ds(c * UNIT, UNIT)])
-            plgpu.commit_smem()  # everyone has read the unit
-
-            @pl.when(step + stages < steps)
-            def _next():
-                pl.when(lax.rem(step + stages, units) == 0)(lambda: may_load(lax.div(step + stages, units)))
-                load(step + stages)
-
-            return tuple(a + b for a, b in zip(sums, of_unit, strict=True))
+        def add_pair(pair, sums):
+            of_pair = of_unit(i, 2 * pair)
+            if units > 1:
+                of_pair = added(of_pair, of_unit(i, 2 * pair + 1))
+            return added(sums, of_pair)
 
         zeros = (
             plgpu.layout_cast(jnp.zeros((TILE, MIXED), jnp.float32), plgpu.Layout.WGMMA),
             plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS),
         )
-        product, squares = lax.fori_loop(0, units, add_unit, zeros)
+        product, squares = lax.fori_loop(0, max(units // 2, 1), add_pair, zeros)
         each = GROUP // units
         group, of_group = lax.div(share.part, each), lax.rem(share.part, each)
         rows = pl.ds(share.tile(i) * TILE, TILE)
@@ -123,16 +130,18 @@ def unit_sums(f_smem: Any, fn_smem: Any) -> tuple[jax.Array, jax.Array]:
     """Products [64, 24] and squares [64] of a unit."""
 
     def product(accumulator):
-        for term in reversed(range(TERMS)):  # small ones first
-            plgpu.wgmma(accumulator, f_smem, fn_smem.at[term].T)
-        squares = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
-        for c in range(UNIT // CHUNK):
-            chunk = f_smem.at[:, pl.ds(c * CHUNK, CHUNK)]
-            wide = plgpu.load(chunk, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
-            squares = squares + jnp.sum(wide * wide, axis=1)
+        plgpu.wgmma(accumulator, f_smem, fn_smem.T)
+        wide = plgpu.load(f_smem, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        squares = jnp.sum(wide * wide, axis=1)
         return wgmma_accumulator_load(accumulator, wait_n=0), squares
 
-    return pl.run_scoped(product, plgpu.ACC((TILE, MIXED), jnp.float32))
+    of_terms, squares = pl.run_scoped(product, plgpu.ACC((TILE, TERMS * MIXED), jnp.float32))
+    large, middle, small = (of_terms[:, term * MIXED : (term + 1) * MIXED] for term in range(TERMS))
+    return small + middle + large, squares
+
+
+def added(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def split_terms(fn_gmem: Any, fn_smem: Any, first: Any, units: int) -> None:
@@ -141,13 +150,13 @@ def split_terms(fn_gmem: Any, fn_smem: Any, first: Any, units: int) -> None:
     Exact but for subnormal rests.
     """
     layout = registers(MIXED)
-    for start in range(0, units * UNIT // CHUNK, AT_ONCE):
-        chunks = range(start, start + AT_ONCE)
-        columns = [pl.ds(first * UNIT + c * CHUNK, CHUNK) for c in chunks]
+    for start in range(0, units, AT_ONCE):
+        some = range(start, min(start + AT_ONCE, units))
+        columns = [pl.ds((first + c) * UNIT, UNIT) for c in some]
         loaded = [plgpu.load(fn_gmem.at[:, at], layout=layout, optimized=False) for at in columns]
-        for c, rest in zip(chunks, loaded, strict=True):
+        for c, rest in zip(some, loaded, strict=True):
             for term in range(TERMS):
                 rounded = rest.astype(jnp.bfloat16)
-                fn_smem[term, :, pl.ds(c * CHUNK, CHUNK)] = rounded
+                fn_smem[pl.ds(term * MIXED, MIXED), pl.ds(c * UNIT, UNIT)] = rounded
                 rest = rest - rounded.astype(jnp.float32)
     plgpu.commit_smem()

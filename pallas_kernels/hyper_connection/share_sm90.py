@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hyper_connection.tiling import STREAMS, TILE, TWO_FINISH, UNIT, PreTiling
+from pallas_kernels.hyper_connection.tiling import STREAMS, TILE, UNIT, PreTiling
+
+_OF_TILE = TILE.bit_length() - 1  # bits of a token's place in its tile
 
 
 class Cut(NamedTuple):
     """Thread blocks [team, part]: a team has every `teams`-th tile of 64 tokens, a member one part of the columns.
 
-    finishers: warpgroups of a thread block that finish a token at a time.
+    The team's members finish a token each in a round.
     """
 
     tokens: int
     parts: int
     teams: int
-    finishers: int
 
     @property
     def tiles(self) -> int:
@@ -31,23 +32,26 @@ class Cut(NamedTuple):
         return self.parts * self.teams
 
     @property
-    def at_once(self) -> int:
-        """Tokens that a team finishes at once."""
-        return self.parts * self.finishers
+    def most_tiles(self) -> int:
+        """Of a team."""
+        return -(-self.tiles // self.teams)
+
+    @property
+    def most_rounds(self) -> int:
+        return -(-self.most_tiles * TILE // self.parts)
 
     def least_lag(self, tiling: PreTiling) -> int:
         """Tiles between one that is loaded and one that must be finished, lest thread blocks wait for themselves.
 
         The tiles of a round of finishing, those in the buffers, and the one whose partials come next.
         """
-        return -(-(self.at_once - 1) // TILE) + -(-tiling.stages // tiling.units) + 1
+        return -(-(self.parts - 1) // TILE) + -(-tiling.stages // tiling.units) + 1
 
 
 def cut(tokens: int, width: int, tiling: PreTiling, multiprocessors: int) -> Cut:
     """Over no more thread blocks than multiprocessors if the columns allow it: they wait for one another."""
     parts = STREAMS * width // (UNIT * tiling.units)
-    teams = max(1, min(multiprocessors // parts, -(-tokens // TILE)))
-    return Cut(tokens, parts, teams, 2 if width <= TWO_FINISH else 1)
+    return Cut(tokens, parts, max(1, min(multiprocessors // parts, -(-tokens // TILE))))
 
 
 class Share(NamedTuple):
@@ -64,25 +68,25 @@ class Share(NamedTuple):
 
     @property
     def rounds(self) -> jax.Array:
-        """How many tokens each finisher has: `token(i, finisher)` for i below it; some may not exist, the first does."""
-        rounds = lax.div(self.tiles * TILE + self.cut.at_once - 1, self.cut.at_once)
-        return jnp.where(self.token(jnp.int32(0), 0) < self.cut.tokens, rounds, 0)
+        """How many tokens it finishes: `token(i)` for i below it; the last may not exist, the first does."""
+        rounds = lax.div(self.tiles * TILE + self.cut.parts - 1, self.cut.parts)
+        return jnp.where(self.token(jnp.int32(0)) < self.cut.tokens, rounds, 0)
 
     def tile(self, i: jax.Array) -> jax.Array:
         return self.team + i * self.cut.teams
 
-    def token(self, i: jax.Array, finisher: jax.Array | int) -> jax.Array:
-        """Not less than the number of tokens where there is none."""
-        of_team = (i * self.cut.finishers + finisher) * self.cut.parts + self.part
-        return self.tile(lax.div(of_team, TILE)) * TILE + lax.rem(of_team, TILE)
+    def token(self, i: jax.Array) -> jax.Array:
+        """Not less than the number of tokens where there is none; i may be an array."""
+        of_team = i * self.cut.parts + self.part
+        return (self.tile(of_team >> _OF_TILE) << _OF_TILE) + (of_team & (TILE - 1))
 
     def tiles_begun(self, rounds: jax.Array) -> jax.Array:
         """Of how many of the team's tiles the first rounds finish tokens."""
-        return jnp.minimum(lax.div(rounds * self.cut.at_once + TILE - 1, TILE), self.tiles)
+        return jnp.minimum(lax.div(rounds * self.cut.parts + TILE - 1, TILE), self.tiles)
 
     def tiles_finished(self, rounds: jax.Array) -> jax.Array:
         """Of how many of the team's tiles the first rounds finish all tokens."""
-        return jnp.minimum(lax.div(rounds * self.cut.at_once, TILE), self.tiles)
+        return jnp.minimum(lax.div(rounds * self.cut.parts, TILE), self.tiles)
 
 
 def share(cut: Cut, block: jax.Array) -> Share:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.hyper_connection import reference
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import CHUNK, MOST_WIDTH, STREAMS, UNIT
+from pallas_kernels.hyper_connection.tiling import CHUNK, MOST_WIDTH, STREAMS, WIDTH_UNIT
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.straight_through import straight_through
 
@@ -22,8 +22,8 @@ def pre_unsupported(streams: jax.Array, fn: jax.Array, *_: Any, **__: Any) -> st
         return reason
     if fn.dtype != jnp.float32:
         return f"fn is {fn.dtype}: it takes float32"
-    if streams.shape[-1] % UNIT:
-        return f"streams are {streams.shape[-1]} wide: a multiple of {UNIT}"
+    if streams.shape[-1] % WIDTH_UNIT:
+        return f"streams are {streams.shape[-1]} wide: a multiple of {WIDTH_UNIT}"
     return None
 
 

@@ -137,7 +137,8 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
         num_threads=2 + FINISHERS,
         thread_name="warpgroup",
         scratch_types={
-            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(), "finished": finished,
+            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(),
+            "finished": finished,
         },
     )(f, fn, streams, base, scale, norm_weight)[:3]  # fmt: skip
 

@@ -28,6 +28,7 @@ from pallas_kernels.hyper_connection.project_sm90 import SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS
 from pallas_kernels.mosaic import warp_sums
+from pallas_kernels.mosaic.launch import store_narrow
 
 
 def scratch() -> dict[str, Any]:
@@ -93,7 +94,7 @@ def finish(
 
         @pl.when(share.token(i) < tokens)
         def _store():
-            x_gmem[share.token(i), columns] = x.astype(jnp.bfloat16)
+            store_narrow(x_gmem, (share.token(i), columns), x.astype(jnp.bfloat16))
 
         return streams
 

@@ -3,7 +3,7 @@
 Thread blocks form teams that have the same tiles of 64 tokens, each member a part of the columns. Warpgroups:
 0. project (project_sm90.py): partial products and squares of its columns, for one tile after another;
 1. make coefficients (coefficients_sm90.py): sums of the partials of a few tokens of each tile, their `post` and `comb`;
-2, 3. finish (finish_sm90.py): those tokens' x.
+2, 3. finish (finish_sm90.py): those tokens' x; before, they split two thirds of the matrix for warpgroup 0.
 A team's members hand partials over in device memory: whoever has written a tile's says so at its semaphore. There are
 no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag` tiles ahead of those
 it has finished, so that finishers find their streams in the L2 cache.
@@ -29,7 +29,7 @@ from jax import lax
 from pallas_kernels.hyper_connection import coefficients_sm90, finish_sm90, project_sm90
 from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, make_coefficients
 from pallas_kernels.hyper_connection.finish_sm90 import finish
-from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, whole_tiles
+from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, split_terms, whole_tiles
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, PreTiling, default_tiling
@@ -122,6 +122,9 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
         @pl.when(warpgroup >= 2)
         def _finish():
             plgpu.set_max_registers(FINISH_REGISTERS, action="increase")
+            split_terms(
+                fn_gmem, refs["fn"], refs["split"], share=of_block, units=tiling.units, sharer=warpgroup - 1
+            )  # fmt: skip
             own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch()}
             finish(
                 warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
@@ -152,15 +155,27 @@ def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, 
 
 
 def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
-    def kernel(f_gmem, fn_gmem, partial_gmem, **refs):
-        of_block = share(of, lax.axis_index("block"))
-        project(f_gmem, fn_gmem, partial_gmem, share=of_block, tiling=tiling, may_load=nothing, done=nothing, **refs)
+    def kernel(f_gmem, fn_gmem, partial_gmem, *, fn, split, **refs):
+        of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _project():
+            project(
+                f_gmem, fn_gmem, partial_gmem, fn=fn, split=split,
+                share=of_block, tiling=tiling, may_load=nothing, done=nothing, **refs,
+            )  # fmt: skip
+
+        @pl.when(warpgroup > 0)
+        def _split():
+            split_terms(fn_gmem, fn, split, share=of_block, units=tiling.units, sharer=warpgroup)
 
     return plgpu.kernel(
         kernel,
         out_type=partial_type(of.tokens, width, tiling),
         grid=(of.blocks,),
         grid_names=("block",),
+        num_threads=1 + FINISHERS,
+        thread_name="warpgroup",
         scratch_types=project_sm90.scratch(tiling),
     )
 

@@ -35,7 +35,7 @@ from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
 
 TERMS = 3  # bfloat16 terms of a float32
-AT_ONCE = 2  # units of fn that are loaded before one is split: 48 registers
+SHARE = 8  # outputs, whose columns of fn one of three warpgroups splits
 ROW = 32  # columns of a partial's row: 24, the squares, and as many as a warp has lanes
 SQUARES = MIXED  # the column of the squares
 
@@ -45,6 +45,7 @@ def scratch(tiling: PreTiling) -> dict[str, Any]:
         "unit": plgpu.SMEM((tiling.stages, TILE, UNIT), jnp.bfloat16, transforms=swizzled(2)),
         "fn": plgpu.SMEM((TERMS * MIXED, tiling.units * UNIT), jnp.bfloat16, transforms=swizzled(2)),
         "filled": plgpu.Barrier(num_arrivals=1, num_barriers=tiling.stages),
+        "split": plgpu.Barrier(num_arrivals=MIXED // SHARE),
     }
 
 
@@ -72,6 +73,7 @@ def project(
     unit: Any,
     fn: Any,
     filled: Any,
+    split: Any,
 ) -> None:
     """Partials of the thread block's tiles, by one warpgroup.
 
@@ -89,7 +91,8 @@ def project(
 
     for step in range(stages):
         pl.when(step < steps)(lambda step=step: load(jnp.int32(step)))
-    split_terms(fn_gmem, fn, share.part * units, units)
+    split_terms(fn_gmem, fn, split, share=share, units=units, sharer=0)
+    plgpu.barrier_wait(split)
 
     def of_unit(i: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
         step = i * units + c
@@ -144,19 +147,18 @@ def added(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def split_terms(fn_gmem: Any, fn_smem: Any, first: Any, units: int) -> None:
-    """`units` units of fn, from its unit `first` on, as three bfloat16 terms, each of what the ones before it leave.
+def split_terms(fn_gmem: Any, fn_smem: Any, split: Any, *, share: Share, units: int, sharer: Any) -> None:
+    """A third of the thread block's fn as three bfloat16 terms, each of what the ones before it leave.
 
-    Exact but for subnormal rests.
+    Exact but for subnormal rests. sharer: which third; all of them arrive at `split`.
     """
-    layout = registers(MIXED)
-    for start in range(0, units, AT_ONCE):
-        some = range(start, min(start + AT_ONCE, units))
-        columns = [pl.ds((first + c) * UNIT, UNIT) for c in some]
-        loaded = [plgpu.load(fn_gmem.at[:, at], layout=layout, optimized=False) for at in columns]
-        for c, rest in zip(some, loaded, strict=True):
-            for term in range(TERMS):
-                rounded = rest.astype(jnp.bfloat16)
-                fn_smem[pl.ds(term * MIXED, MIXED), pl.ds(c * UNIT, UNIT)] = rounded
-                rest = rest - rounded.astype(jnp.float32)
+    outputs = pl.ds(sharer * SHARE, SHARE)
+    columns = [pl.ds((share.part * units + c) * UNIT, UNIT) for c in range(units)]
+    loaded = [plgpu.load(fn_gmem.at[outputs, at], layout=registers(SHARE), optimized=False) for at in columns]
+    for c, rest in enumerate(loaded):
+        for term in range(TERMS):
+            rounded = rest.astype(jnp.bfloat16)
+            fn_smem[pl.ds(term * MIXED + sharer * SHARE, SHARE), pl.ds(c * UNIT, UNIT)] = rounded
+            rest = rest - rounded.astype(jnp.float32)
     plgpu.commit_smem()
+    plgpu.barrier_arrive(split)

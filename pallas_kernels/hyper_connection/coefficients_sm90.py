@@ -3,13 +3,14 @@
 One warpgroup sums a token's partial products, a lane for each of the 24 numbers and parts over the four warps, and
 hands them to the finishers. Every BATCH tokens it makes of them what finishers do not need: sigmoids and Sinkhorn.
 
-Sinkhorn divides the rows and the columns of a matrix A in turn by their sums: it is diag(r) A diag(c) all the time. So
-only r and c change, four numbers each, and an iteration is two products with A and eight reciprocals:
+Sinkhorn divides the rows and the columns of a matrix A in turn by their sums: it is diag(1/p) A diag(1/q) all the time.
+So only p and q change, four numbers each:
 
-    1 / r_i <- sum_j A_ij c_j + eps / r_i,    1 / c_j <- sum_i A_ij r_i + eps / c_j,
+    p_i <- sum_j A_ij / q_j + eps p_i,    q_j <- sum_i A_ij / p_i + eps q_j,
 
-where eps is the one beside the sums (the old 1 / r_i is what scaled the row before). 16 + 16 numbers of a token are in
-registers of its lane, so that nothing moves between threads. Bound: latency, a chain of some 40 cycles a half.
+where eps is the one beside the sums (the old p is what divided the row before). Two fractions have one reciprocal,
+a / p_0 + b / p_1 = (a p_1 + b p_0) / (p_0 p_1), whose numerator is made while it is under way. 16 + 8 numbers of a
+token are in registers of its lane, so that nothing moves between threads. Bound: latency, some 50 cycles a half.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def make_coefficients(
     comb_gmem: Any,
     *,
     share: Share,
+    ring: int,
     columns: int,
     numbers: Numbers,
     wait_for: Callable[[jax.Array], None],
@@ -74,17 +76,15 @@ def make_coefficients(
 ) -> None:
     """Sums of partials, `post` and `comb` of the thread block's tokens, by one warpgroup.
 
-    wait_for: waits until the partials of the token of round i are in memory.
+    ring: tiles of a team's that partial_gmem holds. wait_for: waits until the partials of the token of round i are in it.
     """
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]
-    last = partial_gmem.shape[2] - 1
 
     def sum_partials(i: jax.Array) -> None:
         wait_for(i)
         slot = lax.rem(i, SLOTS)
-        of_token = partial_gmem.at[:, :, jnp.minimum(share.token(i), last)]
-        mixed.at[slot][pl.ds(0, ROW)] = summed(of_token)
+        mixed.at[slot][pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, share.row(i, ring)])
         plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
 
     @pl.loop(0, lax.div(share.rounds + BATCH - 1, BATCH))
@@ -127,24 +127,27 @@ def part_lanes(groups: int) -> Any:
 def sinkhorn(logits: list[jax.Array], numbers: Numbers) -> list[jax.Array]:
     """The 16 numbers of the matrix, row by row, from those of its logits: `reference.sinkhorn` unrolled."""
     n = STREAMS
-    rows = [logits[i : i + n] for i in range(0, n * n, n)]
-    matrix = [softmax(row, numbers.eps) for row in rows]
+    matrix = [softmax(logits[i : i + n], numbers.eps) for i in range(0, n * n, n)]
     columns = [list(column) for column in zip(*matrix, strict=True)]
 
-    def totals(lines: list[list[jax.Array]], factors: list[jax.Array], last: list[jax.Array]) -> list[jax.Array]:
-        return [dot(line, factors, numbers.eps * old) for line, old in zip(lines, last, strict=True)]
-
-    of_columns = [functools.reduce(jnp.add, column) + numbers.eps for column in columns]
-    ones = [jnp.ones_like(total) for total in of_columns]
+    def sums(lines: list[list[jax.Array]], divisors: list[jax.Array], last: list[jax.Array]) -> list[jax.Array]:
+        a, b, c, d = divisors
+        of_first, of_second = lane_rows.reciprocal(a * b), lane_rows.reciprocal(c * d)
+        return [
+            (numbers.eps * old + of_first * (line[0] * b + line[1] * a)) + of_second * (line[2] * d + line[3] * c)
+            for line, old in zip(lines, last, strict=True)
+        ]
 
     def both(_: Any, state: tuple[list[jax.Array], list[jax.Array]]) -> tuple[list[jax.Array], list[jax.Array]]:
         of_rows, of_columns = state
-        of_rows = totals(matrix, reciprocals(of_columns), of_rows)
-        return of_rows, totals(columns, reciprocals(of_rows), of_columns)
+        of_rows = sums(matrix, of_columns, of_rows)
+        return of_rows, sums(columns, of_rows, of_columns)
 
+    of_columns = [functools.reduce(jnp.add, column) + numbers.eps for column in columns]
+    ones = [jnp.ones_like(total) for total in of_columns]
     of_rows, of_columns = lax.fori_loop(0, numbers.iterations - 1, both, (ones, of_columns))
-    row_factors, column_factors = reciprocals(of_rows), reciprocals(of_columns)
-    return [matrix[i][j] * row_factors[i] * column_factors[j] for i in range(n) for j in range(n)]
+    by_row, by_column = ([lane_rows.reciprocal(total) for total in totals] for totals in (of_rows, of_columns))
+    return [matrix[i][j] * by_row[i] * by_column[j] for i in range(n) for j in range(n)]
 
 
 def softmax(row: list[jax.Array], eps: float) -> list[jax.Array]:
@@ -152,16 +155,6 @@ def softmax(row: list[jax.Array], eps: float) -> list[jax.Array]:
     powers = [jnp.exp(x - most) for x in row]
     scale = lane_rows.reciprocal(functools.reduce(jnp.add, powers))
     return [power * scale + eps for power in powers]
-
-
-def dot(a: list[jax.Array], b: list[jax.Array], plus: jax.Array) -> jax.Array:
-    """The products of four numbers, and `plus`, in a chain of three: `plus` is there before b."""
-    first, second, third, fourth = (x * y for x, y in zip(a, b, strict=True))
-    return ((plus + first) + second) + (third + fourth)
-
-
-def reciprocals(x: list[jax.Array]) -> list[jax.Array]:
-    return [lane_rows.reciprocal(total) for total in x]
 
 
 def sigmoid(x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """From the numbers of a token to a sub-layer's input: the sum of streams by their weights and RMSNorm, on Hopper.
 
 Two warpgroups have one token at a time, half of its columns each: its streams are in registers before its numbers are
-known, and x stays there from the weighted sum to its norm. As soon as x is summed the next token's streams are asked
-for. The sum of squares crosses warps and warpgroups in shared memory.
+known, and x stays there from the weighted sum to its norm. As soon as x is summed, streams of a token to come are asked
+for, the next or the one after it. The sum of squares crosses warps and warpgroups in shared memory.
 
 Bound: memory, (2 n + 2) D bytes a token, of which streams come from the L2 cache.
 """
@@ -26,7 +26,7 @@ from jax import lax
 from pallas_kernels.hyper_connection.coefficients_sm90 import BATCH, SLOTS, Numbers, sigmoid
 from pallas_kernels.hyper_connection.project_sm90 import SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Share
-from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS
+from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, TWO_AHEAD
 from pallas_kernels.mosaic import warp_sums
 from pallas_kernels.mosaic.launch import store_narrow
 
@@ -64,6 +64,7 @@ def finish(
     columns = pl.ds(finisher * (width // FINISHERS), width // FINISHERS)
     layout = neighbours(width // FINISHERS)
     base, scale = [base_gmem[o] for o in range(STREAMS)], scale_gmem[0]
+    ahead = 2 if width <= TWO_AHEAD else 1
 
     def load_streams(i: jax.Array) -> list[jax.Array]:
         token = jnp.minimum(share.token(i), tokens - 1)
@@ -75,7 +76,8 @@ def finish(
         inverse_rms = lax.rsqrt(mixed[slot, SQUARES] / (STREAMS * width) + numbers.norm_eps)
         return [sigmoid(mixed[slot, s] * inverse_rms * scale + base[s]) + numbers.eps for s in range(STREAMS)]
 
-    def round_(i, streams):
+    def round_(i, held):
+        streams, *held = held
         weights = weights_of(i)
         batch = lax.div(i, BATCH)
         wanted_again = (lax.rem(i, BATCH) == BATCH - 1) & ((batch + 2) * BATCH < share.rounds)
@@ -83,7 +85,7 @@ def finish(
         parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(weights, streams, strict=True)]
         wide = functools.reduce(jnp.add, parts)
         have_read(i)
-        streams = load_streams(i + 1)
+        held = [*held, load_streams(i + ahead)]
         turn = lax.rem(i, 2)
         warp_sums.store(squares.at[turn, finisher], wide * wide, layout)
         plgpu.barrier_arrive(both)
@@ -96,10 +98,10 @@ def finish(
         def _store():
             store_narrow(x_gmem, (share.token(i), columns), x.astype(jnp.bfloat16))
 
-        return streams
+        return held
 
     factors = plgpu.load(norm_weight_gmem.at[columns], layout=layout, optimized=False).astype(jnp.float32)
-    lax.fori_loop(0, share.rounds, round_, load_streams(jnp.int32(0)))
+    lax.fori_loop(0, share.rounds, round_, [load_streams(jnp.int32(i)) for i in range(ahead)])
 
 
 def neighbours(columns: int) -> Any:

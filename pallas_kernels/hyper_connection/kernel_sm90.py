@@ -77,6 +77,9 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
     tokens, _, width = streams.shape
     of = cut(tokens, width, tiling, sm_count())
     lag = min(tiling.lag, of.most_tiles)  # no more barriers than there is use for
+    # Who loads a tile has finished the one `lag` before; that took everyone's partials, who by then had finished one
+    # another `lag` before.
+    ring = min(2 * tiling.lag, of.most_tiles)
     if of.blocks > sm_count():
         raise ValueError(f"{tiling} takes {of.blocks} thread blocks at {width} columns, and they wait for one another")
     if tiling.lag < (least := of.least_lag(tiling)):
@@ -108,7 +111,10 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
         def _project():
             plgpu.set_max_registers(PROJECT_REGISTERS, action="decrease")
             own = {name: refs[name] for name in project_sm90.scratch(tiling)}
-            project(f_gmem, fn_gmem, partial_gmem, share=of_block, tiling=tiling, may_load=may_load, done=done, **own)
+            project(
+                f_gmem, fn_gmem, partial_gmem,
+                share=of_block, tiling=tiling, ring=ring, may_load=may_load, done=done, **own,
+            )  # fmt: skip
 
         @pl.when(warpgroup == 1)
         def _coefficients():
@@ -116,7 +122,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
             own = {name: refs[name] for name in coefficients_sm90.scratch(of)}
             make_coefficients(
                 partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, columns=STREAMS * width, numbers=numbers, wait_for=wait_for, **own,
+                share=of_block, ring=ring, columns=STREAMS * width, numbers=numbers, wait_for=wait_for, **own,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 2)
@@ -134,7 +140,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
     finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
     return plgpu.kernel(
         kernel,
-        out_type=(*out_types(tokens, width), partial_type(tokens, width, tiling)),
+        out_type=(*out_types(tokens, width), partial_type(of, width, tiling, ring)),
         grid=(of.blocks,),
         grid_names=("block",),
         num_threads=2 + FINISHERS,
@@ -162,7 +168,7 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
         def _project():
             project(
                 f_gmem, fn_gmem, partial_gmem, fn=fn, split=split,
-                share=of_block, tiling=tiling, may_load=nothing, done=nothing, **refs,
+                share=of_block, tiling=tiling, ring=of.most_tiles, may_load=nothing, done=nothing, **refs,
             )  # fmt: skip
 
         @pl.when(warpgroup > 0)
@@ -171,7 +177,7 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
 
     return plgpu.kernel(
         kernel,
-        out_type=partial_type(of.tokens, width, tiling),
+        out_type=partial_type(of, width, tiling, of.most_tiles),
         grid=(of.blocks,),
         grid_names=("block",),
         num_threads=1 + FINISHERS,
@@ -189,7 +195,8 @@ def second_launch(of: Cut, width: int, numbers: Numbers) -> Callable[..., Any]:
         def _coefficients():
             make_coefficients(
                 partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, columns=STREAMS * width, numbers=numbers, wait_for=nothing, **refs,
+                share=of_block, ring=of.most_tiles, columns=STREAMS * width, numbers=numbers,
+                wait_for=nothing, **refs,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 1)

@@ -29,7 +29,7 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.kernel_sm90 import ROWS, swizzled
-from pallas_kernels.hyper_connection.share_sm90 import Share
+from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
 from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, STREAMS, TILE, TMA_ROWS, UNIT, PreTiling
 from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
@@ -49,10 +49,10 @@ def scratch(tiling: PreTiling) -> dict[str, Any]:
     }
 
 
-def partial_type(tokens: int, width: int, tiling: PreTiling) -> jax.ShapeDtypeStruct:
-    """Parts by groups, and rows of whole tiles, of which only the tokens mean anything."""
+def partial_type(of: Cut, width: int, tiling: PreTiling, ring: int) -> jax.ShapeDtypeStruct:
+    """Parts by groups, and rows of `ring` tiles of every team, of which only the tokens mean anything."""
     groups, each = STREAMS * width // (UNIT * GROUP), GROUP // tiling.units
-    return jax.ShapeDtypeStruct((groups, each, -(-tokens // TILE) * TILE, ROW), jnp.float32)
+    return jax.ShapeDtypeStruct((groups, each, of.teams * ring * TILE, ROW), jnp.float32)
 
 
 def whole_tiles(f: jax.Array) -> jax.Array:
@@ -68,6 +68,7 @@ def project(
     *,
     share: Share,
     tiling: PreTiling,
+    ring: int,
     may_load: Callable[[jax.Array], None],
     done: Callable[[jax.Array], None],
     unit: Any,
@@ -77,7 +78,7 @@ def project(
 ) -> None:
     """Partials of the thread block's tiles, by one warpgroup.
 
-    may_load: waits until the team's i-th tile may be loaded. done: tells that its partials are in memory.
+    ring: tiles of a team's that partial_gmem holds. may_load: waits until the team's i-th tile may be loaded. done: tells that its partials are in memory.
     """
     units, stages = tiling.units, tiling.stages
     steps = share.tiles * units
@@ -123,7 +124,7 @@ def project(
         product, squares = lax.fori_loop(0, max(units // 2, 1), add_pair, zeros)
         each = GROUP // units
         group, of_group = lax.div(share.part, each), lax.rem(share.part, each)
-        rows = pl.ds(share.tile(i) * TILE, TILE)
+        rows = pl.ds(share.rows(i, ring), TILE)
         store_narrow(partial_gmem, (group, of_group, rows, pl.ds(0, MIXED)), product)  # rows of 96 bytes
         store_narrow(partial_gmem, (group, of_group, rows, SQUARES), squares)
         done(i)

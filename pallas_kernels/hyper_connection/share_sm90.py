@@ -80,6 +80,15 @@ class Share(NamedTuple):
         of_team = i * self.cut.parts + self.part
         return (self.tile(of_team >> _OF_TILE) << _OF_TILE) + (of_team & (TILE - 1))
 
+    def rows(self, i: jax.Array, ring: int) -> jax.Array:
+        """Where the rows of the team's i-th tile begin, where memory holds `ring` tiles of each team."""
+        return (self.team * ring + lax.rem(i, ring)) * TILE
+
+    def row(self, i: jax.Array, ring: int) -> jax.Array:
+        """Where that of `token(i)` is."""
+        of_team = i * self.cut.parts + self.part
+        return self.rows(of_team >> _OF_TILE, ring) + (of_team & (TILE - 1))
+
     def tiles_begun(self, rounds: jax.Array) -> jax.Array:
         """Of how many of the team's tiles the first rounds finish tokens."""
         return jnp.minimum(lax.div(rounds * self.cut.parts + TILE - 1, TILE), self.tiles)

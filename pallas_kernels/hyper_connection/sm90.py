@@ -11,17 +11,19 @@ import jax.numpy as jnp
 from pallas_kernels import device
 from pallas_kernels.hyper_connection import reference
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import CHUNK, MOST_WIDTH, STREAMS, WIDTH_UNIT
+from pallas_kernels.hyper_connection.tiling import CHUNK, LEAST_EPS, MOST_WIDTH, STREAMS, WIDTH_UNIT
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.straight_through import straight_through
 
 
-def pre_unsupported(streams: jax.Array, fn: jax.Array, *_: Any, **__: Any) -> str | None:
+def pre_unsupported(streams: jax.Array, fn: jax.Array, *_: Any, eps: float = LEAST_EPS, **__: Any) -> str | None:
     """Why the Hopper kernels do not take this call of `pre`, None if they do."""
     if reason := _streams_reason(streams):
         return reason
     if fn.dtype != jnp.float32:
         return f"fn is {fn.dtype}: it takes float32"
+    if eps < LEAST_EPS:
+        return f"eps is {eps}: it takes {LEAST_EPS} and more"
     if streams.shape[-1] % WIDTH_UNIT:
         return f"streams are {streams.shape[-1]} wide: a multiple of {WIDTH_UNIT}"
     return None

@@ -11,10 +11,12 @@ UNIT = 128  # columns of the flattened streams whose products are one sum of wgm
 GROUP = 4  # neighbouring units that are added first, in pairs; then the sums of groups are
 TILE = 64  # tokens of a wgmma
 TMA_ROWS = 8  # that a copy takes at a time: others have to be padded, which is a copy of the streams
-FEW = 128  # tokens up to which thread blocks have as few columns as there are multiprocessors for
+FEW = 128  # tokens up to which a thread block has one tile, and as few columns as there are multiprocessors for
 FINISHERS = 2  # warpgroups of a thread block that finish a token together, half of its columns each
+LEAST_EPS = 1e-9  # beside Sinkhorn's sums: the product of two must be a normal number
 WIDTH_UNIT = 256  # columns of a stream come in multiples of it: a column for every thread of the finishers
-MOST_WIDTH = 8192  # of a token: finishers hold two tokens' streams, 32 registers each for every 4096 columns
+MOST_WIDTH = 8192  # of a token, half of whose streams take a finisher's thread 64 registers
+TWO_AHEAD = 4096  # up to which finishers hold two tokens' streams
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PreTiling:
 
 def default_tiling(tokens: int, width: int, multiprocessors: int) -> PreTiling:
     """Few tokens are spread over the device as finely as thread blocks that wait for one another can be."""
-    for units in (1, 2):
-        if tokens <= FEW and STREAMS * width <= multiprocessors * units * UNIT:
-            return PreTiling(units, stages=2)
+    for units in (1, 2, GROUP):
+        if tokens <= FEW and STREAMS * width // (units * UNIT) * -(-tokens // TILE) <= multiprocessors:
+            return PreTiling(units, stages=units)
     return PreTiling(GROUP)

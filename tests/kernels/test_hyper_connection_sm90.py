@@ -172,6 +172,13 @@ def test_refusals(shape, dtype, fn_dtype, reason):
         assert sm90.pre_unsupported(streams, fn) == "A100 is no Hopper GPU (compute capability 9.0)"
 
 
+def test_divisions_need_an_eps():
+    streams, fn = streams_of(1, 256), parameters(256)[0]
+    with pretend(HOPPER):
+        assert sm90.pre_unsupported(streams, fn, **HOW) is None
+        assert sm90.pre_unsupported(streams, fn, **HOW | {"eps": 0.0}) == "eps is 0.0: it takes 1e-09 and more"
+
+
 def test_a_named_kernel_is_refused_here():
     with pytest.raises(UnsupportedError, match="hyper_connection_pre cannot run: sm90: cpu is no Hopper GPU"):
         hyper_connection.pre(streams_of(1, 256), *parameters(256), **HOW, implementation="sm90")

@@ -76,7 +76,7 @@ def make_coefficients(
 ) -> None:
     """Sums of partials, `post` and `comb` of the thread block's tokens, by one warpgroup.
 
-    ring: tiles of a team's that partial_gmem holds. wait_for: waits until the partials of the token of round i are in it.
+    ring: tiles of a team's that partial_gmem holds. wait_for: waits until it has the partials of the token of round i.
     """
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]

@@ -78,7 +78,8 @@ def project(
 ) -> None:
     """Partials of the thread block's tiles, by one warpgroup.
 
-    ring: tiles of a team's that partial_gmem holds. may_load: waits until the team's i-th tile may be loaded. done: tells that its partials are in memory.
+    ring: tiles of a team's that partial_gmem holds. may_load: waits until the team's i-th tile may be loaded. done:
+    tells that its partials are in memory.
     """
     units, stages = tiling.units, tiling.stages
     steps = share.tiles * units

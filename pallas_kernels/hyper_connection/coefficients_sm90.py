@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import ROW, SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS
@@ -69,20 +69,20 @@ def make_coefficients(
     ring: int,
     columns: int,
     numbers: Numbers,
-    wait_for: Callable[[jax.Array], None],
+    handover: Handover | Nothing,
     mixed: Any,
     ready: Any,
     read: Any,
 ) -> None:
     """Sums of partials, `post` and `comb` of the thread block's tokens, by one warpgroup.
 
-    ring: tiles of a team's that partial_gmem holds. wait_for: waits until it has the partials of the token of round i.
+    ring: tiles of a team's that partial_gmem holds.
     """
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]
 
     def sum_partials(i: jax.Array) -> None:
-        wait_for(i)
+        handover.wait_for(i)
         slot = lax.rem(i, SLOTS)
         mixed.at[slot][pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, share.row(i, ring)])
         plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.hyper_connection.coefficients_sm90 import BATCH, SLOTS, Numbers, sigmoid
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, TWO_AHEAD
@@ -49,17 +49,14 @@ def finish(
     *,
     share: Share,
     numbers: Numbers,
-    have_read: Callable[[jax.Array], None],
+    handover: Handover | Nothing,
     mixed: Any,
     ready: Any,
     read: Any,
     squares: Any,
     both: Any,
 ) -> None:
-    """x of the thread block's tokens, by one of two warpgroups.
-
-    have_read: tells that the streams of round i are in registers.
-    """
+    """x of the thread block's tokens, by one of two warpgroups."""
     tokens, _, width = streams_gmem.shape
     columns = pl.ds(finisher * (width // FINISHERS), width // FINISHERS)
     layout = neighbours(width // FINISHERS)
@@ -84,7 +81,7 @@ def finish(
         pl.when(wanted_again)(lambda: plgpu.barrier_arrive(read.at[lax.rem(batch, 2)]))
         parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(weights, streams, strict=True)]
         wide = functools.reduce(jnp.add, parts)
-        have_read(i)
+        handover.have_read(i)
         held = [*held, load_streams(i + ahead)]
         turn = lax.rem(i, 2)
         warp_sums.store(squares.at[turn, finisher], wide * wide, layout)

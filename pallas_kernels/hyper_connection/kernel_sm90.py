@@ -29,6 +29,7 @@ from jax import lax
 from pallas_kernels.hyper_connection import coefficients_sm90, finish_sm90, project_sm90
 from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, make_coefficients
 from pallas_kernels.hyper_connection.finish_sm90 import finish
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, split_terms, whole_tiles
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
@@ -88,24 +89,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
     def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, finished, **refs):
         x_gmem, post_gmem, comb_gmem, partial_gmem = outs
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
-        written = pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,)))
-
-        def may_load(i):
-            pl.when(i >= lag)(lambda: plgpu.barrier_wait(finished.at[lax.rem(i - lag, lag)]))
-
-        def done(i):
-            plgpu.semaphore_signal(written.at[of_block.tile(i)], memory_scope="gpu")
-
-        def wait_for(i):
-            @pl.loop(of_block.tiles_begun(i), of_block.tiles_begun(i + 1))
-            def _tile(j):
-                at = written.at[of_block.tile(j)]
-                plgpu.semaphore_wait(at, of.parts, decrement=False, memory_scope="gpu")
-
-        def have_read(i):
-            @pl.loop(of_block.tiles_finished(i), of_block.tiles_finished(i + 1))
-            def _tile(j):
-                plgpu.barrier_arrive(finished.at[lax.rem(j, lag)])
+        handover = Handover(of_block, pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,))), finished)
 
         @pl.when(warpgroup == 0)
         def _project():
@@ -113,7 +97,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
             own = {name: refs[name] for name in project_sm90.scratch(tiling)}
             project(
                 f_gmem, fn_gmem, partial_gmem,
-                share=of_block, tiling=tiling, ring=ring, may_load=may_load, done=done, **own,
+                share=of_block, tiling=tiling, ring=ring, handover=handover, **own,
             )  # fmt: skip
 
         @pl.when(warpgroup == 1)
@@ -122,7 +106,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
             own = {name: refs[name] for name in coefficients_sm90.scratch(of)}
             make_coefficients(
                 partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, ring=ring, columns=STREAMS * width, numbers=numbers, wait_for=wait_for, **own,
+                share=of_block, ring=ring, columns=STREAMS * width, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 2)
@@ -134,7 +118,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
             own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch()}
             finish(
                 warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers, have_read=have_read, **own,
+                share=of_block, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
     finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
@@ -168,7 +152,7 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
         def _project():
             project(
                 f_gmem, fn_gmem, partial_gmem, fn=fn, split=split,
-                share=of_block, tiling=tiling, ring=of.most_tiles, may_load=nothing, done=nothing, **refs,
+                share=of_block, tiling=tiling, ring=of.most_tiles, handover=Nothing(), **refs,
             )  # fmt: skip
 
         @pl.when(warpgroup > 0)
@@ -196,14 +180,14 @@ def second_launch(of: Cut, width: int, numbers: Numbers) -> Callable[..., Any]:
             make_coefficients(
                 partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
                 share=of_block, ring=of.most_tiles, columns=STREAMS * width, numbers=numbers,
-                wait_for=nothing, **refs,
+                handover=Nothing(), **refs,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 1)
         def _finish():
             finish(
                 warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers, have_read=nothing, squares=squares, both=both, **refs,
+                share=of_block, numbers=numbers, handover=Nothing(), squares=squares, both=both, **refs,
             )  # fmt: skip
 
     return plgpu.kernel(
@@ -215,7 +199,3 @@ def second_launch(of: Cut, width: int, numbers: Numbers) -> Callable[..., Any]:
         thread_name="warpgroup",
         scratch_types={**coefficients_sm90.scratch(of), **finish_sm90.scratch()},
     )
-
-
-def nothing(_: Any) -> None:
-    pass

@@ -18,7 +18,6 @@ cycles for its 16 KB.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.kernel_sm90 import ROWS, swizzled
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
 from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, STREAMS, TILE, TMA_ROWS, UNIT, PreTiling
 from pallas_kernels.mosaic.launch import store_narrow
@@ -69,8 +69,7 @@ def project(
     share: Share,
     tiling: PreTiling,
     ring: int,
-    may_load: Callable[[jax.Array], None],
-    done: Callable[[jax.Array], None],
+    handover: Handover | Nothing,
     unit: Any,
     fn: Any,
     filled: Any,
@@ -78,8 +77,7 @@ def project(
 ) -> None:
     """Partials of the thread block's tiles, by one warpgroup.
 
-    ring: tiles of a team's that partial_gmem holds. may_load: waits until the team's i-th tile may be loaded. done:
-    tells that its partials are in memory.
+    ring: tiles of a team's that partial_gmem holds.
     """
     units, stages = tiling.units, tiling.stages
     steps = share.tiles * units
@@ -105,7 +103,7 @@ def project(
 
         @pl.when(step + stages < steps)
         def _next():
-            pl.when(lax.rem(step + stages, units) == 0)(lambda: may_load(lax.div(step + stages, units)))
+            pl.when(lax.rem(step + stages, units) == 0)(lambda: handover.may_load(lax.div(step + stages, units)))
             load(step + stages)
 
         return sums
@@ -128,7 +126,7 @@ def project(
         rows = pl.ds(share.rows(i, ring), TILE)
         store_narrow(partial_gmem, (group, of_group, rows, pl.ds(0, MIXED)), product)  # rows of 96 bytes
         store_narrow(partial_gmem, (group, of_group, rows, SQUARES), squares)
-        done(i)
+        handover.done(i)
 
 
 def unit_sums(f_smem: Any, fn_smem: Any) -> tuple[jax.Array, jax.Array]:

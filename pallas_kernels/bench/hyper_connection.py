@@ -62,7 +62,7 @@ def bench_post(case: HyperCase) -> Bench:
 def tilings(case: HyperCase) -> Iterator[PreTiling]:
     """The default first, then what else is worth a try."""
     usual = default_tiling(case.m, case.width, sm_count())
-    return iter(dict.fromkeys([usual, *(PreTiling(GROUP, *how) for how in ((4, 4), (4, 6), (6, 8), (8, 6)))]))
+    return iter(dict.fromkeys([usual, *(PreTiling(GROUP, *how) for how in ((4, 3), (4, 5), (6, 5), (8, 6)))]))
 
 
 def inputs(case: HyperCase, key: jax.Array) -> jax.Array:

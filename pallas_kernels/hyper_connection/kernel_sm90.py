@@ -9,7 +9,9 @@ no more thread blocks than multiprocessors, so that all run. No thread block loa
 it has finished, so that finishers find their streams in the L2 cache.
 
 The simulated GPU has no semaphores, and runs two launches.
-Bound: (2 n + 2) m D bytes / 3.35 TB/s; from the L2 cache, 2 n m D bytes more.
+Bound: (2 n + 2) m D bytes over memory's bandwidth; from the L2 cache, 2 n m D bytes more. On an H200 (4.8 TB/s), 4 x
+4096 wide: 6.1 us for one token and 8.9 for 128, chains of latencies; 79 for 4096 (44 % of that limit), where memory
+reads 141 MB, the streams once, and no pipe is full: what a thread block does with a tile is the bound.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

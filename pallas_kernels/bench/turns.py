@@ -34,9 +34,10 @@ def compiled(run: Callable[[Any], Any], inputs: Any) -> Callable[[Any], Any]:
     """
     function, *given = (run.func, *run.args) if isinstance(run, functools.partial) else (run,)
     keywords = run.keywords if isinstance(run, functools.partial) else {}
-    if not hasattr(function, "lower") or any(isinstance(x, jax.Array) for x in jax.tree.leaves((given, keywords))):
+    lower = getattr(function, "lower", None)
+    if lower is None or any(isinstance(x, jax.Array) for x in jax.tree.leaves((given, keywords))):
         return run
     try:
-        return function.lower(*given, inputs, **keywords).compile()
+        return lower(*given, inputs, **keywords).compile()
     except Exception:
         return run

@@ -19,34 +19,23 @@ token) and the choice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
-from pallas_kernels.router.choice_sm90 import best, count, totals
-from pallas_kernels.router.multiply_sm90 import WARPS, products, scratch_words
+from pallas_kernels.router.multiply_sm90 import products, scratch_words
 from pallas_kernels.router.reference import Routing
-from pallas_kernels.router.tiling import LANES, MOST_CHOSEN, Share, padded_experts, share
-from pallas_kernels.router.words_sm90 import lanes, of_float, publish, wait_for
+from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
+from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, scratch
+from pallas_kernels.router.words_sm90 import of_float, publish
 
-LARGEST = 2**31 - 1
 INTERPRETED_BLOCKS = 8  # that multiply
-
-
-class Rules(NamedTuple):
-    """What the router is told besides its arrays."""
-
-    k: int
-    scoring: str
-    normalize: bool
-    scale: float
 
 
 def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax.Array | None, rules: Rules) -> Routing:
@@ -65,7 +54,7 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
         jax.ShapeDtypeStruct((tokens, count), float32),
     )
     placed_types = jax.ShapeDtypeStruct((count,), int32), jax.ShapeDtypeStruct((tokens * rules.k,), int32)
-    multiply_scratch, choose_scratch, place_scratch = scratch(x, weight, cut)
+    to_multiply, (to_choose, to_place) = multiply_scratch(x, weight, cut), scratch(count)
 
     def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: dict[str, Any], *inputs: Any) -> Any:
         return plgpu.kernel(kernel, out_type=out_type, grid=(blocks,), grid_names=("block",), scratch_types=scratch)(
@@ -75,32 +64,34 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     if is_interpreted():
         (logits,) = launch(
             lambda *refs, **scratch: multiply(*refs, **scratch, cut=cut),
-            (jax.ShapeDtypeStruct((logits_words,), int32),), blocks, multiply_scratch, x, weight,
+            (jax.ShapeDtypeStruct((logits_words,), int32),), blocks, to_multiply, x, weight,
         )  # fmt: skip
         *chosen, words = launch(
             lambda *refs, **scratch: each_token(tokens, lambda token: choose(token, *refs, **scratch, rules=rules)),
             (*chosen_types, jax.ShapeDtypeStruct((chosen_words,), int32)),
-            INTERPRETED_SMS, choose_scratch, logits, bias, experts,
+            INTERPRETED_SMS, to_choose, logits, bias, experts,
         )  # fmt: skip
-        placed = launch(
-            lambda *refs, **scratch: each_token(tokens, lambda token: place(token, *refs, **scratch, rules=rules)),
-            placed_types, INTERPRETED_SMS, place_scratch, words,
-        )  # fmt: skip
+
+        def place_all(*refs: Any, bins_smem: Any, **scratch: Any) -> None:
+            clear(bins_smem)
+            each_token(tokens, lambda token: place(token, *refs, bins_smem=bins_smem, **scratch, rules=rules))
+
+        placed = launch(place_all, placed_types, INTERPRETED_SMS, to_place, words)
         return of_first(exist, Routing(*chosen, *placed))
 
-    def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, sums_smem, scores_smem, keys_smem, places_smem, bins):
+    def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, products_smem, scores_smem, keys_smem, **of_place):
         *chosen_gmem, counts_gmem, order_gmem = outs
         words = pl.get_global(plgpu.SemaphoreType.REGULAR((logits_words + chosen_words,)))
         logits, handed = words.at[pl.ds(0, logits_words)], words.at[pl.ds(logits_words, chosen_words)]
-        multiply(x_gmem, weight_gmem, logits, sums_smem=sums_smem, cut=cut)
+        multiply(x_gmem, weight_gmem, logits, products_smem=products_smem, cut=cut)
+        clear(of_place["bins_smem"])
 
         def choose_one(token: Any) -> list[jax.Array]:
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
             return choose(token, logits, bias_gmem, given_gmem, *chosen_gmem, handed, **buffers, rules=rules)
 
         def place_one(token: Any, chosen: list[jax.Array] | None = None) -> None:
-            buffers = {"places_smem": places_smem, "bins": bins}
-            place(token, handed, counts_gmem, order_gmem, **buffers, rules=rules, chosen=chosen)
+            place(token, handed, counts_gmem, order_gmem, **of_place, rules=rules, chosen=chosen)
 
         if tokens <= blocks:
             each_token(tokens, lambda token: place_one(token, choose_one(token)))
@@ -109,7 +100,7 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
             each_token(tokens, place_one)
 
     outs = launch(
-        kernel, (*chosen_types, *placed_types), blocks, multiply_scratch | choose_scratch | place_scratch,
+        kernel, (*chosen_types, *placed_types), blocks, to_multiply | to_choose | to_place,
         x, weight, bias, experts,
     )  # fmt: skip
     return of_first(exist, Routing(*outs))
@@ -130,17 +121,13 @@ def of_first(count: int, routing: Routing) -> Routing:
     return routing._replace(scores=routing.scores[:, :count], counts=routing.counts[:count])
 
 
-def scratch(x: jax.Array, weight: jax.Array, cut: Share) -> tuple[dict[str, Any], ...]:
-    (tokens, columns), count = x.shape, len(weight)
+def multiply_scratch(x: jax.Array, weight: jax.Array, cut: Share) -> dict[str, Any]:
+    tokens, columns = x.shape
     words = scratch_words(tokens, columns // cut.parts // cut.chunks, cut.experts, weight.dtype.itemsize)
-    return (
-        {"sums_smem": plgpu.SMEM((words,), jnp.float32)},
-        {"scores_smem": plgpu.SMEM((count,), jnp.float32), "keys_smem": plgpu.SMEM((count,), jnp.int32)},
-        {"places_smem": plgpu.SMEM((WARPS, MOST_CHOSEN), jnp.int32), "bins": plgpu.SMEM((count,), jnp.int32)},
-    )
+    return {"products_smem": plgpu.SMEM((words,), jnp.float32)}
 
 
-def multiply(x_gmem, weight_gmem, words_gmem, *, sums_smem, cut: Share) -> None:
+def multiply(x_gmem, weight_gmem, words_gmem, *, products_smem, cut: Share) -> None:
     """Hands over partial logits of the block's experts and columns."""
     (tokens, columns), count = x_gmem.shape, weight_gmem.shape[0]
     block = lax.axis_index("block")
@@ -149,7 +136,9 @@ def multiply(x_gmem, weight_gmem, words_gmem, *, sums_smem, cut: Share) -> None:
 
     def of_chunk(c: Any) -> jax.Array:
         chosen = pl.ds((part * cut.chunks + c) * width, width)
-        return products(x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], sums_smem)
+        return products(
+            x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], products_smem
+        )
 
     logits = of_chunk(0)
     if cut.chunks > 1:
@@ -169,98 +158,3 @@ def each_token(tokens: int, of_one: Callable[[Any], Any]) -> None:
 
 def ignore(result: Any) -> None:
     del result
-
-
-def choose(
-    token, logits_words, bias_gmem, given_gmem, experts_gmem, weights_gmem, scores_gmem, chosen_words,
-    *, scores_smem, keys_smem, rules: Rules,
-) -> list[jax.Array]:  # fmt: skip
-    """Scores, experts and weights of a token."""
-    tokens, count = scores_gmem.shape
-    layout = lanes(count)
-    parts = logits_words.shape[0] // (tokens * count)
-    expert = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
-    bias = None if bias_gmem is None else plgpu.load(bias_gmem, layout=layout, optimized=False).astype(jnp.float32)
-    given = None if given_gmem is None else [given_gmem[token, j] for j in range(rules.k)]
-    found = wait_for(logits_words, [expert + (part * tokens + token) * count for part in range(parts)])
-    partial = [lax.bitcast_convert_type(words, jnp.float32) for words in found]
-    score = scored(sum(partial[1:], partial[0]), rules.scoring)
-    scores_smem[...] = score
-    if given is None:
-        keys_smem[...] = ordered(score if bias is None else score + bias)
-        chosen = best(keys_smem, rules.k)
-    else:
-        chosen = given
-    if tokens > 1 or is_interpreted():
-        slot = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=lanes(LANES))
-        words = jnp.full((LANES,), 1, jnp.int32)
-        for j, one in enumerate(chosen):
-            words = jnp.where(slot == j, one + 1, words)
-        publish(chosen_words, token * MOST_CHOSEN, 0, words, (1, MOST_CHOSEN))
-    scores_gmem[token] = score
-    weights = [scores_smem[one] for one in chosen]
-    if rules.normalize and rules.scoring != "softmax":
-        total = jnp.maximum(sum(weights[1:], weights[0]), 1e-20)
-        weights = [weight / total for weight in weights]
-    for j, (one, weight) in enumerate(zip(chosen, weights, strict=True)):
-        experts_gmem[token, j] = one
-        weights_gmem[token, j] = weight * rules.scale
-    return chosen
-
-
-def ordered(x: jax.Array) -> jax.Array:
-    """Integers that are ordered as x is, NaN the largest as for lax.top_k."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # one zero
-    key = jnp.where(bits < 0, bits ^ LARGEST, bits)
-    return jnp.where(x != x, LARGEST, key)
-
-
-def place(token, chosen_words, counts_gmem, order_gmem, *, places_smem, bins, rules: Rules, chosen=None) -> None:
-    """Where the rows of a token are when all are sorted by expert; with the first token, all experts' counts.
-
-    chosen: the token's experts; None: they are among the words. Thread t of the warpgroup has token t's experts.
-    """
-    k, tokens = rules.k, order_gmem.shape[0] // rules.k
-    slot = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=lanes(LANES))
-    if tokens == 1 and chosen is not None:
-        flat = [jnp.where(slot == 0, one, LARGEST) for one in chosen]
-    else:
-        first = jnp.minimum(slot, tokens - 1) * MOST_CHOSEN
-        words = wait_for(chosen_words, [first + j for j in range(k)])
-        flat = [jnp.where(slot < tokens, word - 1, LARGEST) for word in words]
-    if chosen is None:
-        own = jnp.zeros_like(slot) + token * MOST_CHOSEN
-        chosen = [word - 1 for word in wait_for(chosen_words, [own + j for j in range(k)])]
-    before = []
-    for j, one in enumerate(chosen):
-        # Of rows with the same expert those of earlier tokens come first, and earlier ones of this token.
-        than = one + (slot < token).astype(jnp.int32), one + (slot <= token).astype(jnp.int32)
-        before.append(sum((other < than[i < j]).astype(jnp.int32) for i, other in enumerate(flat)))
-    if len(before) % 2:
-        before.append(before[-1])
-    pairs = totals([low + (high << 16) for low, high in zip(before[::2], before[1::2], strict=True)], places_smem)
-    for j in range(k):
-        order_gmem[(pairs[j // 2] >> (16 * (j % 2))) & 0xFFFF] = token * k + j
-
-    @pl.when(token == 0)
-    def _counts():
-        layout = lanes(len(counts_gmem))
-        bins[...] = plgpu.layout_cast(jnp.zeros(len(counts_gmem), jnp.int32), layout)
-        count(bins, flat)
-        counts_gmem[...] = plgpu.load(bins, layout=layout, optimized=False)
-
-
-def scored(logits: jax.Array, scoring: str) -> jax.Array:
-    """`reference.router`'s scores, in what Pallas has."""
-    if scoring == "softmax":
-        powers = jnp.exp(logits - jnp.max(logits))
-        return powers / jnp.sum(powers)
-    if scoring == "sigmoid":
-        return 1 / (1 + jnp.exp(-logits))
-    power = jnp.exp(-jnp.abs(logits))
-    sum_ = 1 + power
-    # log(1 + power) without what the sum has lost.
-    log1p = jnp.where(sum_ == 1, power, jnp.log(sum_) * power / jnp.where(sum_ == 1, 1.0, sum_ - 1))
-    return jnp.sqrt(jnp.maximum(jnp.maximum(logits, 0) + log1p, float(np.finfo(np.float32).tiny)))
-
-

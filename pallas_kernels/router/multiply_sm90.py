@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +30,11 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.router.words_sm90 import lanes
 
-WARPS = 4
+WARPS, WARP = 4, 32
 TOKENS, EXPERTS, STEP = 16, 8, 16  # of one instruction: rows, columns, and what it sums over
 ROWS = 8  # of which a thread has one, and of the tokens another one
 STEPS = WARPS * STEP  # columns that the warpgroup multiplies at a time
+MOST_COLUMNS = 64  # that a warp copies at a time
 BUSY = 8  # accumulators that keep the tensor cores busy
 
 
@@ -76,45 +78,56 @@ class _Thread(NamedTuple):
 
     number: ir.Value
     warp: ir.Value
+    lane: ir.Value
     row: ir.Value  # 8 of them; the other half of an instruction's tokens is 8 further down
     quad: ir.Value  # 4 of them, which share a row
 
     @classmethod
     def current(cls) -> _Thread:
-        number = arith.remui(utils.thread_idx(), _word(WARPS * 32))
-        lane = arith.andi(number, _word(31))
+        number = arith.remui(utils.thread_idx(), _word(WARPS * WARP))
+        lane = arith.andi(number, _word(WARP - 1))
         warp = arith.shrui(number, _word(5))
-        return cls(number, warp, arith.shrui(lane, _word(2)), arith.andi(lane, _word(3)))
+        return cls(number, warp, lane, arith.shrui(lane, _word(2)), arith.andi(lane, _word(3)))
 
 
 def _products(
     x: ir.Value, weight: ir.Value, smem: ir.Value, thread: _Thread, tokens: int, columns: int, experts: int
 ) -> dict[tuple[int, int], list[ir.Value]]:
     """Of a warp's columns: four sums for every tile of 16 tokens and every 8 experts."""
-    first = arith.addi(_times(thread.warp, columns // WARPS), _times(thread.quad, 4))
-    of_x, of_weight = _Rows(x, first), _Rows(weight, first)
-    steps, tiles, pieces = columns // STEPS, -(-tokens // TOKENS), experts // EXPERTS
-    expert_rows = [arith.addi(thread.row, _word(EXPERTS * j)) for j in range(pieces)]
-    # Rows behind the last token: the last one again. Where none of the rows is a token's there is nothing.
-    begins = range(0, tokens, ROWS)
-    token_rows = [arith.minui(arith.addi(thread.row, _word(begin)), _word(tokens - 1)) for begin in begins]
-    stage = _Stage(smem, thread)
-    kept = []
-    for s in range(steps):
-        kept.append([[stage.copy(of, row, STEP * s) for row in rows] for of, rows in ((of_weight, expert_rows), (of_x, token_rows))])
+    own = columns // WARPS
+    width = math.gcd(own, MOST_COLUMNS)
+    of_x, of_weight = (_Matrix(ref, _times(thread.warp, own), width, thread) for ref in (x, weight))
+    rows = -(-tokens // ROWS) * ROWS
+    size = own * (experts * of_weight.size + rows * of_x.size)
+    stage = arith.addi(llvm.ptrtoint(_i32(), smem), _times(thread.warp, size))
+    staged = []
+    for begin in range(0, own, width):
+        of_weight.copy(stage, experts, experts, begin)
+        to_x = arith.addi(stage, _word(experts * width * of_weight.size))
+        of_x.copy(to_x, rows, tokens, begin)
         _ptx("cp.async.commit_group;")
-    terms = 3 if isinstance(of_weight.element, ir.F32Type) else 1
+        staged.append((stage, to_x))
+        stage = arith.addi(to_x, _word(rows * width * of_x.size))
+    tiles, pieces = -(-tokens // TOKENS), experts // EXPERTS
+    terms = 3 if of_weight.size == 4 else 1
     separate = tiles * pieces < BUSY
     sums: dict[tuple[int, int, int], list[ir.Value]] = {}
-    for s, (of_experts, of_tokens) in enumerate(kept):
-        _ptx(f"cp.async.wait_group {steps - 1 - s};")
-        cut = [_terms(stage.load(four)) if terms == 3 else [stage.load(four)] for four in of_experts]
-        for i in range(tiles):
-            low, high = (stage.load(x) if x else [_word(0)] * 2 for x in (*of_tokens, None)[2 * i : 2 * i + 2])
-            a = [low[0], high[0], low[1], high[1]]
-            for term, j in itertools.product(reversed(range(terms)), range(pieces)):  # small ones first
-                at = i, j, term if separate else 0
-                sums[at] = _mma(sums.get(at), a, cut[j][term])
+    for turn, (weight_at, x_at) in enumerate(staged):
+        _ptx(f"cp.async.wait_group {len(staged) - 1 - turn};")
+        utils.warp_barrier()
+        for step in range(width // STEP):
+            of_experts = [of_weight.load(weight_at, EXPERTS * j, step) for j in range(pieces)]
+            cut = [_terms(four) if terms == 3 else [four] for four in of_experts]
+            for i in range(tiles):
+                # Where none of the upper rows is a token's there is nothing.
+                low, high = (
+                    of_x.load(x_at, begin, step) if begin < rows else [_word(0)] * 2
+                    for begin in (TOKENS * i, TOKENS * i + ROWS)
+                )
+                a = [low[0], high[0], low[1], high[1]]
+                for term, j in itertools.product(reversed(range(terms)), range(pieces)):  # small ones first
+                    at = i, j, term if separate else 0
+                    sums[at] = _mma(sums.get(at), a, cut[j][term])
 
     def total(i: int, j: int) -> list[ir.Value]:
         small_first = [sums[i, j, term] for term in reversed(range(terms)) if (i, j, term) in sums]
@@ -138,7 +151,7 @@ def _over_warps(
                 llvm.store(vector.from_elements(pair, four[2 * half : 2 * half + 2]), address, alignment=8)
     utils.warpgroup_barrier()
     flat = []
-    for first in range(0, size, WARPS * 32):
+    for first in range(0, size, WARPS * WARP):
         found = []
         for warp in range(WARPS):
             at = arith.addi(thread.number, _word(warp * size + first))
@@ -149,57 +162,58 @@ def _over_warps(
     return flat
 
 
-class _Rows:
-    """Rows of a matrix in device memory, of which a thread reads four neighbours at a time from column `first` on."""
+class _Matrix:
+    """Rows of a matrix, of which a warp has columns from `first` on, `width` at a time by way of shared memory.
 
-    def __init__(self, ref: ir.Value, first: ir.Value) -> None:
+    A warp copies rows as they lie, so that it touches as few lines as there can be, 16 bytes a lane. Which 16 bytes of a
+    row stand where in shared memory depends on the row, so that threads that load different rows meet no bank twice.
+    """
+
+    def __init__(self, ref: ir.Value, first: ir.Value, width: int, thread: _Thread) -> None:
         kind = ir.MemRefType(ref.type)
-        self.element = kind.element_type
-        self.stride = kind.get_strides_and_offset()[0][0]
-        self.size = utils.bitwidth(self.element) // 8
-        pointer = llvm.addrspacecast(llvm.PointerType.get(1), utils.memref_ptr(ref))
-        self.start = self._moved(pointer, _times(first, self.size))
+        self.size = utils.bitwidth(kind.element_type) // 8
+        self.stride = kind.get_strides_and_offset()[0][0] * self.size
+        self.start = arith.addi(llvm.ptrtoint(_i64(), utils.memref_ptr(ref)), _wide(_times(first, self.size)))
+        self.thread, self.pitch = thread, width * self.size
 
-    def four(self, row: ir.Value, column: int) -> ir.Value:
-        """Where four neighbours are, which are `size` words."""
-        return self._moved(self.start, arith.addi(_times(row, self.stride * self.size), _word(column * self.size)))
+    def _swapped(self, row: ir.Value) -> ir.Value:
+        """What to change in the byte of a row in shared memory."""
+        if self.pitch < 128:
+            return _word(0)
+        rows = 8 // self.size  # that are loaded at once, by this many threads of four elements each
+        return _times(arith.andi(row, _word(rows - 1)), 16 * self.size)
 
-    @staticmethod
-    def _moved(pointer: ir.Value, offset: ir.Value) -> ir.Value:
-        return llvm.getelementptr(pointer.type, pointer, [offset], [-(2**31)], ir.IntegerType.get_signless(8), None)
+    def copy(self, to: ir.Value, rows: int, exist: int, column: int) -> None:
+        """Starts copies of `rows` rows; in place of those that do not exist come copies of the last."""
+        pieces = self.pitch // 16
+        each = min(WARP // pieces, ROWS)
+        row = arith.andi(arith.divui(self.thread.lane, _word(pieces)), _word(each - 1))
+        byte = _times(arith.remui(self.thread.lane, _word(pieces)), 16)
+        to = arith.addi(to, arith.addi(_times(row, self.pitch), arith.xori(byte, self._swapped(row))))
+        start = arith.addi(self.start, _wide(arith.addi(byte, _word(column * self.size))))
+        for first in range(0, rows, each):
+            at = arith.addi(row, _word(first))
+            if first + each > exist:
+                at = arith.minui(at, _word(exist - 1))
+            address = arith.addi(start, arith.muli(_wide(at), arith.constant(_i64(), self.stride)))
+            _ptx("cp.async.cg.shared.global [$0], [$1], 16;", arith.addi(to, _word(first * self.pitch)), address)
 
-
-class _Stage:
-    """Shared memory on the way from device memory to registers: a thread reads what it has copied itself, and waits for
-    no other. (With loads in place of copies the compiler starts half of them when others have come.)"""
-
-    def __init__(self, smem: ir.Value, thread: _Thread) -> None:
-        self.start, self.thread = llvm.ptrtoint(ir.IntegerType.get_signless(32), smem), thread
-        self.used = 0
-
-    def copy(self, rows: _Rows, row: ir.Value, column: int) -> tuple[ir.Value, int]:
-        """Starts a copy; where it goes to, and of how many words."""
-        size = 4 * rows.size
-        to = arith.addi(self.start, arith.addi(_word(self.used), _times(self.thread.number, size)))
-        self.used += size * WARPS * 32
-        cache = "cg" if size == 16 else "ca"
-        _ptx(f"cp.async.{cache}.shared.global [$0], [$1], {size};", to, rows.four(row, column))
-        return to, rows.size
-
-    @staticmethod
-    def load(kept: tuple[ir.Value, int]) -> list[ir.Value]:
-        address, count = kept
-        word = ir.IntegerType.get_signless(32)
-        outputs = ", ".join(f"${i}" for i in range(count))
-        kind = llvm.StructType.get_literal([word] * count)
-        constraints = ",".join(["=r"] * count + ["r"])
-        ptx = f"ld.shared.v{count}.b32 {{{outputs}}}, [${count}];"
+    def load(self, at: ir.Value, first: int, step: int) -> list[ir.Value]:
+        """Four neighbours of the thread's row behind `first`, as `size` words."""
+        byte = arith.addi(_times(self.thread.quad, 4 * self.size), _word(STEP * self.size * step))
+        byte = arith.xori(byte, self._swapped(self.thread.row))
+        row = arith.addi(_times(self.thread.row, self.pitch), _word(first * self.pitch))
+        outputs = ", ".join(f"${i}" for i in range(self.size))
+        kind = llvm.StructType.get_literal([_i32()] * self.size)
+        constraints = ",".join(["=r"] * self.size + ["r"])
+        ptx = f"ld.shared.v{self.size}.b32 {{{outputs}}}, [${self.size}];"
+        address = arith.addi(at, arith.addi(row, byte))
         found = llvm.inline_asm(kind, [address], ptx, constraints, has_side_effects=True)
-        return [llvm.extractvalue(word, found, [i]) for i in range(count)]
+        return [llvm.extractvalue(_i32(), found, [i]) for i in range(self.size)]
 
 
 def _ptx(ptx: str, *args: ir.Value) -> None:
-    kinds = ["l" if isinstance(x.type, llvm.PointerType) else "r" for x in args]
+    kinds = ["l" if x.type == _i64() else "r" for x in args]
     llvm.inline_asm(None, list(args), ptx, ",".join([*kinds, "~{memory}"]), has_side_effects=True)
 
 
@@ -214,7 +228,8 @@ def _terms(four: list[ir.Value]) -> list[list[ir.Value]]:
         if term < 2:
             upper = [arith.andi(x, _word(-(2**16))) for x in four]
             rest = [
-                arith.subf(arith.bitcast(float32, x), arith.bitcast(float32, u)) for x, u in zip(four, upper, strict=True)
+                arith.subf(arith.bitcast(float32, x), arith.bitcast(float32, u))
+                for x, u in zip(four, upper, strict=True)
             ]
             four = [arith.bitcast(word, x) for x in rest]
     return found
@@ -232,7 +247,19 @@ def _mma(sums: list[ir.Value] | None, a: list[ir.Value], b: list[ir.Value]) -> l
 
 
 def _word(value: int) -> ir.Value:
-    return utils.c(value, ir.IntegerType.get_signless(32))
+    return utils.c(value, _i32())
+
+
+def _wide(x: ir.Value) -> ir.Value:
+    return arith.extui(_i64(), x)
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
 
 
 def _times(x: ir.Value, factor: int) -> ir.Value:

@@ -14,8 +14,8 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.router import kernel_sm90, reference, router, sm90
 from pallas_kernels.router.cases import BENCH, RouterCase
-from pallas_kernels.router.kernel_sm90 import Rules, scored
 from pallas_kernels.router.tiling import Share, share
+from pallas_kernels.router.token_sm90 import Rules, scored
 
 HOPPER = KINDS["H100 / H200"]
 

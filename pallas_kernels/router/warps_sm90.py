@@ -100,12 +100,12 @@ def totals(vectors: list[jax.Array], sums_smem: Any) -> list[jax.Array]:
 
 
 def count(bins_smem: Any, vectors: list[jax.Array]) -> None:
-    """bins_smem[x] += 1 for every element x of vectors [128], except for those that are no place in it."""
-    size = bins_smem.shape[0]
+    """bins_smem[x] += 1 for every element x of int32 vectors [128]; what is no place in it is counted in the last."""
+    last = bins_smem.shape[0] - 1
     if is_interpreted():
         bins = bins_smem[...]
         for x in vectors:
-            bins = bins.at[jnp.where(x < size, x, size)].add(1, mode="drop")
+            bins = bins.at[jnp.minimum(x, last)].add(1)
         bins_smem[...] = bins
         return
     layout = lanes(len(vectors[0]))
@@ -115,12 +115,9 @@ def count(bins_smem: Any, vectors: list[jax.Array]) -> None:
         base = llvm.ptrtoint(_kind(), utils.memref_ptr(bins))
         for x in vectors:
             (register,) = x.registers.ravel()
-            at = vector.extract(register, [], [0])
-            args = [
-                arith.addi(base, arith.shli(at, _word(2))),
-                arith.cmpi(arith.CmpIPredicate.ult, at, _word(size)),
-            ]
-            llvm.inline_asm(None, args, "@$1 red.shared.add.u32 [$0], 1;", "r,b,~{memory}", has_side_effects=True)
+            place = arith.minui(vector.extract(register, [], [0]), _word(last))
+            address = arith.addi(base, arith.shli(place, _word(2)))
+            llvm.inline_asm(None, [address], "red.shared.add.u32 [$0], 1;", "r,~{memory}", has_side_effects=True)
         utils.warpgroup_barrier()
 
     run(bins_smem, vectors)

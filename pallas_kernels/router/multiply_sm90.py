@@ -33,7 +33,6 @@ from pallas_kernels.router.words_sm90 import lanes
 WARPS, WARP = 4, 32
 TOKENS, EXPERTS, STEP = 16, 8, 16  # of one instruction: rows, columns, and what it sums over
 ROWS = 8  # of which a thread has one, and of the tokens another one
-STEPS = WARPS * STEP  # columns that the warpgroup multiplies at a time
 MOST_COLUMNS = 64  # that a warp copies at a time
 BUSY = 8  # accumulators that keep the tensor cores busy
 
@@ -165,8 +164,8 @@ def _over_warps(
 class _Matrix:
     """Rows of a matrix, of which a warp has columns from `first` on, `width` at a time by way of shared memory.
 
-    A warp copies rows as they lie, so that it touches as few lines as there can be, 16 bytes a lane. Which 16 bytes of a
-    row stand where in shared memory depends on the row, so that threads that load different rows meet no bank twice.
+    A warp copies rows as they lie, 16 bytes a lane, so that it touches as few lines as there can be. Where 16 bytes of
+    a row stand in shared memory depends on the row, so that threads that load different rows meet no bank twice.
     """
 
     def __init__(self, ref: ir.Value, first: ir.Value, width: int, thread: _Thread) -> None:

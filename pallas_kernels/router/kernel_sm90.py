@@ -29,13 +29,15 @@ from jax import lax
 
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
-from pallas_kernels.router.multiply_sm90 import products, scratch_words
+from pallas_kernels.router import multiply_many_sm90, multiply_sm90, words_sm90
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
 from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, scratch
 from pallas_kernels.router.words_sm90 import of_float, publish
 
 INTERPRETED_BLOCKS = 8  # that multiply
+ORDER = 0
+ZEROED = 8  # tokens whose words come as zeros, made in a launch of their own; those of more are cleared here
 
 
 def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax.Array | None, rules: Rules) -> Routing:
@@ -61,16 +63,20 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
             *inputs
         )
 
+    zeroed = tokens <= ZEROED
+    words_types = jax.ShapeDtypeStruct((logits_words,), int32), jax.ShapeDtypeStruct((chosen_words,), int32)
     if is_interpreted():
         (logits,) = launch(
             lambda *refs, **scratch: multiply(*refs, **scratch, cut=cut),
-            (jax.ShapeDtypeStruct((logits_words,), int32),), blocks, to_multiply, x, weight,
+            words_types[:1], blocks, to_multiply, x, weight,
         )  # fmt: skip
+
+        def choose_all(*refs: Any, **scratch: Any) -> None:
+            each_token(tokens, lambda token: choose(token, *refs, **scratch, rules=rules, cut=cut))
+
         *chosen, words = launch(
-            lambda *refs, **scratch: each_token(tokens, lambda token: choose(token, *refs, **scratch, rules=rules)),
-            (*chosen_types, jax.ShapeDtypeStruct((chosen_words,), int32)),
-            INTERPRETED_SMS, to_choose, logits, bias, experts,
-        )  # fmt: skip
+            choose_all, (*chosen_types, words_types[1]), INTERPRETED_SMS, to_choose, logits, bias, experts
+        )
 
         def place_all(*refs: Any, bins_smem: Any, **scratch: Any) -> None:
             clear(bins_smem)
@@ -80,15 +86,33 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
         return of_first(exist, Routing(*chosen, *placed))
 
     def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, products_smem, scores_smem, keys_smem, **of_place):
-        *chosen_gmem, counts_gmem, order_gmem = outs
-        words = pl.get_global(plgpu.SemaphoreType.REGULAR((logits_words + chosen_words,)))
-        logits, handed = words.at[pl.ds(0, logits_words)], words.at[pl.ds(logits_words, chosen_words)]
-        multiply(x_gmem, weight_gmem, logits, products_smem=products_smem, cut=cut)
-        clear(of_place["bins_smem"])
+        *words, experts_gmem, weights_gmem, scores_gmem, counts_gmem, order_gmem = outs
+        chosen_gmem = experts_gmem, weights_gmem, scores_gmem
+        if zeroed:
+            both = pl.get_global(plgpu.SemaphoreType.REGULAR((logits_words + chosen_words,)))
+            words = both.at[pl.ds(0, logits_words)], both.at[pl.ds(logits_words, chosen_words)]
+        logits, handed = words
+
+        def clear_words() -> None:
+            """Of a token, by who will wait for them; nobody has words before all have done so."""
+            clear(of_place["bins_smem"])
+            if zeroed:
+                return
+            cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+            def of_token(token: Any) -> None:
+                words_sm90.clear(logits, token * count, tokens * count, (cut.parts, count))
+                words_sm90.clear(handed, token * MOST_CHOSEN, 0, (1, MOST_CHOSEN))
+
+            each_token(tokens, of_token)
+            plgpu.semaphore_signal(cleared, memory_scope="gpu")
+            plgpu.semaphore_wait(cleared, blocks, decrement=False, memory_scope="gpu")
+
+        multiply(x_gmem, weight_gmem, logits, products_smem=products_smem, cut=cut, meanwhile=clear_words)
 
         def choose_one(token: Any) -> list[jax.Array]:
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
-            return choose(token, logits, bias_gmem, given_gmem, *chosen_gmem, handed, **buffers, rules=rules)
+            return choose(token, logits, bias_gmem, given_gmem, *chosen_gmem, handed, **buffers, rules=rules, cut=cut)
 
         def place_one(token: Any, chosen: list[jax.Array] | None = None) -> None:
             place(token, handed, counts_gmem, order_gmem, **of_place, rules=rules, chosen=chosen)
@@ -99,11 +123,12 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
             each_token(tokens, choose_one)
             each_token(tokens, place_one)
 
+    words_types = () if zeroed else words_types
     outs = launch(
-        kernel, (*chosen_types, *placed_types), blocks, to_multiply | to_choose | to_place,
+        kernel, (*words_types, *chosen_types, *placed_types), blocks, to_multiply | to_choose | to_place,
         x, weight, bias, experts,
     )  # fmt: skip
-    return of_first(exist, Routing(*outs))
+    return of_first(exist, Routing(*outs[len(words_types) :]))
 
 
 def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
@@ -122,29 +147,48 @@ def of_first(count: int, routing: Routing) -> Routing:
 
 
 def multiply_scratch(x: jax.Array, weight: jax.Array, cut: Share) -> dict[str, Any]:
-    tokens, columns = x.shape
-    words = scratch_words(tokens, columns // cut.parts // cut.chunks, cut.experts, weight.dtype.itemsize)
+    tokens, columns = len(x), x.shape[1] // cut.parts // cut.chunks
+    if cut.many:
+        words = multiply_many_sm90.scratch_words(tokens, columns, weight.dtype.itemsize)
+    else:
+        words = multiply_sm90.scratch_words(tokens, columns, cut.experts, weight.dtype.itemsize)
     return {"products_smem": plgpu.SMEM((words,), jnp.float32)}
 
 
-def multiply(x_gmem, weight_gmem, words_gmem, *, products_smem, cut: Share) -> None:
-    """Hands over partial logits of the block's experts and columns."""
+def multiply(
+    x_gmem, weight_gmem, words_gmem, *, products_smem, cut: Share, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Hands over partial logits of the block's experts and columns. meanwhile: done while they are loaded."""
     (tokens, columns), count = x_gmem.shape, weight_gmem.shape[0]
     block = lax.axis_index("block")
     tile, part = lax.div(block, cut.parts), lax.rem(block, cut.parts)
     width = columns // cut.parts // cut.chunks
+    first = part * (tokens * count) + tile * cut.experts
 
-    def of_chunk(c: Any) -> jax.Array:
+    def of_chunk(c: Any) -> tuple[Any, ...]:
         chosen = pl.ds((part * cut.chunks + c) * width, width)
-        return products(
-            x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], products_smem
-        )
+        return x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], products_smem
 
-    logits = of_chunk(0)
+    if ORDER:
+        meanwhile()
+    if cut.many:
+        multiply_many_sm90.start(*of_chunk(0))
+        if not ORDER:
+            meanwhile()
+        multiply_many_sm90.hand_over(*of_chunk(0), words_gmem, first, count)
+        return
+
+    def logits_of(c: Any) -> jax.Array:
+        multiply_sm90.start(*of_chunk(c))
+        return multiply_sm90.products(*of_chunk(c))
+
+    multiply_sm90.start(*of_chunk(0))
+    if not ORDER:
+        meanwhile()
+    logits = multiply_sm90.products(*of_chunk(0))
     if cut.chunks > 1:
-        logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + of_chunk(c), logits)
-    start = part * (tokens * count) + tile * cut.experts
-    publish(words_gmem, start, count, of_float(logits), (tokens, cut.experts))
+        logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + logits_of(c), logits)
+    publish(words_gmem, first, count, of_float(logits), (tokens, cut.experts))
 
 
 def each_token(tokens: int, of_one: Callable[[Any], Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LANES = 128  # what experts are padded to: a vector of a warpgroup
 STEP = 64  # columns that a warpgroup multiplies at a time
@@ -10,17 +10,19 @@ MOST_TOKENS = 128
 MOST_CHOSEN = 8
 MOST_EXPERTS = 512
 TILES = (16, 32, 48, 64)  # experts of a thread block
+FEW_TOKENS = 16  # that mma.sync multiplies; wgmma more, which has tiles of 64 experts
 _BYTES = 200_000  # of shared memory, for what is multiplied at a time
 
 
 @dataclass(frozen=True)
 class Share:
     """What a thread block multiplies: `experts` rows of the matrix, and of their columns one of `parts` equal parts,
-    in `chunks` turns."""
+    in `chunks` turns. many: by wgmma."""
 
     experts: int
     parts: int
     chunks: int
+    many: bool = False
 
 
 def share(tokens: int, experts: int, columns: int, blocks: int) -> Share | None:
@@ -36,6 +38,12 @@ def share(tokens: int, experts: int, columns: int, blocks: int) -> Share | None:
         if columns % (STEP * parts) == 0 and experts // tile * parts <= blocks
         for chunks in [_chunks(tokens, tile, columns // parts)]
     ]
+    if tokens > FEW_TOKENS:
+        # All of a block's columns have to be on their way at once.
+        of_many = [
+            (*order, replace(share, many=True)) for *order, share in found if share.experts == 64 and share.chunks == 1
+        ]
+        found = of_many or found
     return min(found, key=lambda x: x[:2])[2] if found else None
 
 

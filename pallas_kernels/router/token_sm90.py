@@ -15,7 +15,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.router.tiling import LANES, MOST_CHOSEN
+from pallas_kernels.router.multiply_many_sm90 import place_of
+from pallas_kernels.router.tiling import LANES, MOST_CHOSEN, Share
 from pallas_kernels.router.warps_sm90 import WARPS, best, count, totals
 from pallas_kernels.router.words_sm90 import lanes, publish, wait_for
 
@@ -44,16 +45,16 @@ def scratch(experts: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def choose(
     token, logits_words, bias_gmem, given_gmem, experts_gmem, weights_gmem, scores_gmem, chosen_words,
-    *, scores_smem, keys_smem, rules: Rules,
+    *, scores_smem, keys_smem, rules: Rules, cut: Share,
 ) -> list[jax.Array]:  # fmt: skip
     """Scores, experts and weights of a token."""
     tokens, count = scores_gmem.shape
     layout = lanes(count)
-    parts = logits_words.shape[0] // (tokens * count)
     expert = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
     bias = None if bias_gmem is None else plgpu.load(bias_gmem, layout=layout, optimized=False).astype(jnp.float32)
     given = None if given_gmem is None else [given_gmem[token, j] for j in range(rules.k)]
-    found = wait_for(logits_words, [expert + (part * tokens + token) * count for part in range(parts)])
+    place = place_of(expert) if cut.many else expert
+    found = wait_for(logits_words, [place + (part * tokens + token) * count for part in range(cut.parts)])
     partial = [lax.bitcast_convert_type(words, jnp.float32) for words in found]
     score = scored(sum(partial[1:], partial[0]), rules.scoring)
     scores_smem[...] = score

@@ -26,6 +26,7 @@ from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
 
+THREADS = 128
 _LEAST = -(2**31)
 
 
@@ -63,6 +64,27 @@ def publish(words_gmem: Any, start: jax.Array, stride: int, words: jax.Array, sh
             llvm.inline_asm(None, args, ptx, "l,r,b,~{memory}", has_side_effects=True)
 
     run(words_gmem, index, words, item)
+
+
+def clear(words_gmem: Any, start: jax.Array, stride: int, shape: tuple[int, int]) -> None:
+    """words_gmem[start + r * stride + c] = 0 for r and c in `shape`, whose columns are a multiple of 4."""
+    rows, columns = shape
+    each = columns // 4
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def run(_ctx: Any, ref: ir.Value, start: Any) -> None:
+        base = _address(ref, _scalar(start.registers.item()))
+        thread = arith.remui(utils.thread_idx(), utils.c(THREADS, _word()))
+        for first in range(0, rows * each, THREADS):
+            item = arith.addi(thread, utils.c(first, _word()))
+            row, column = (operation(item, utils.c(each, _word())) for operation in (arith.divui, arith.remui))
+            index = arith.addi(_times(row, stride), _times(column, 4))
+            exists = arith.cmpi(arith.CmpIPredicate.ult, item, utils.c(rows * each, _word()))
+            args = [utils.getelementptr(base, [index], _word()), utils.c(0, _word()), exists]
+            ptx = "@$2 st.global.v4.b32 [$0], {$1, $1, $1, $1};"
+            llvm.inline_asm(None, args, ptx, "l,r,b,~{memory}", has_side_effects=True)
+
+    run(words_gmem, start)
 
 
 def wait_for(words_gmem: Any, indices: list[jax.Array]) -> list[jax.Array]:
@@ -112,6 +134,10 @@ def _each(x: Any) -> Any:
 
 def _scalar(register: ir.Value) -> ir.Value:
     return vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
+
+
+def _times(x: ir.Value, factor: int) -> ir.Value:
+    return arith.muli(x, utils.c(factor, _word()))
 
 
 def _word() -> ir.Type:

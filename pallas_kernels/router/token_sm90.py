@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.router.multiply_many_sm90 import place_of
 from pallas_kernels.router.tiling import LANES, MOST_CHOSEN, Share
-from pallas_kernels.router.warps_sm90 import WARPS, best, count, totals
+from pallas_kernels.router.warps_sm90 import WARPS, best, count, keep, sync, totals
 from pallas_kernels.router.words_sm90 import lanes, publish, wait_for
 
 LARGEST = 2**31 - 1
@@ -53,15 +53,16 @@ def choose(
     expert = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
     bias = None if bias_gmem is None else plgpu.load(bias_gmem, layout=layout, optimized=False).astype(jnp.float32)
     given = None if given_gmem is None else [given_gmem[token, j] for j in range(rules.k)]
+    sync()
     place = place_of(expert) if cut.many else expert
     found = wait_for(logits_words, [place + (part * tokens + token) * count for part in range(cut.parts)])
     partial = [lax.bitcast_convert_type(words, jnp.float32) for words in found]
     score = scored(sum(partial[1:], partial[0]), rules.scoring)
-    scores_smem[...] = score
     if given is None:
-        keys_smem[...] = ordered(score if bias is None else score + bias)
+        keep((scores_smem, score), (keys_smem, ordered(score if bias is None else score + bias)))
         chosen = best(keys_smem, rules.k)
     else:
+        keep((scores_smem, score))
         chosen = given
     if tokens > 1 or is_interpreted():
         slot = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=lanes(LANES))

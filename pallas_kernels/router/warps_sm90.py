@@ -49,19 +49,48 @@ def best(keys_smem: Any, k: int) -> list[jax.Array]:
             own.append(arith.ori(upper, arith.extui(_i64(), place)))
         _sort_down(own)
         own = own[:k]  # no lane has more to give
+        lower_lanes = llvm.inline_asm(_kind(), [], "mov.u32 $0, %lanemask_lt;", "=r")
         chosen = []
         for _ in range(k):
             key, place = _halves(own[0])
-            largest = _redux("max.s32", key)
-            here = arith.cmpi(arith.CmpIPredicate.eq, key, largest)
+            here = arith.cmpi(arith.CmpIPredicate.eq, key, _redux("max.s32", key))
             found = _redux("max.u32", arith.select(here, place, _word(0)))
-            mine = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, place, found))
+            # The lane of `found`, which is the first that has such a key, without waiting for it.
+            before = arith.andi(_ballot(here), lower_lanes)
+            mine = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, before, _word(0)))
             following = [*own[1:], utils.c(-(2**63), _i64())]  # below any number's key
             own = [arith.select(mine, then, now) for then, now in zip(following, own, strict=True)]
             chosen.append(mgpu.FragmentedArray.splat(arith.xori(found, _word(-1)), (), is_signed=True))
         return chosen
 
     return run(keys_smem)
+
+
+def sync() -> None:
+    """What the warpgroup has loaded from shared memory may be stored over behind it."""
+    if not is_interpreted():
+        plgpu.inline_mgpu()(lambda _ctx: utils.warpgroup_barrier())()
+
+
+def keep(*stored: tuple[Any, jax.Array]) -> None:
+    """ref[...] = x of each pair, x a vector in `lanes`: one barrier for all, where Pallas has two for each."""
+    refs, vectors = zip(*stored, strict=True)
+    if is_interpreted():
+        for ref, x in stored:
+            ref[...] = x
+        return
+
+    @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(refs), [lanes(len(x)) for x in vectors]))
+    def run(_ctx: Any, refs: list[ir.Value], vectors: list[Any]) -> None:
+        thread = arith.remui(utils.thread_idx(), _word(WARPS * WARP))
+        for ref, x in zip(refs, vectors, strict=True):
+            for i, register in enumerate(x.registers.ravel()):
+                at = arith.addi(thread, _word(i * WARPS * WARP))
+                address = utils.getelementptr(utils.memref_ptr(ref), [at], x.mlir_dtype)
+                llvm.store(vector.extract(register, [], [0]), address, alignment=4)
+        utils.warpgroup_barrier()
+
+    run(list(refs), list(vectors))
 
 
 def totals(vectors: list[jax.Array], sums_smem: Any) -> list[jax.Array]:
@@ -163,6 +192,10 @@ def _halves(x: ir.Value) -> tuple[ir.Value, ir.Value]:
 def _redux(operation: str, x: ir.Value) -> ir.Value:
     ptx = f"redux.sync.{operation} $0, $1, 0xffffffff;"
     return llvm.inline_asm(x.type, [x], ptx, "=r,r", has_side_effects=True)
+
+
+def _ballot(x: ir.Value) -> ir.Value:
+    return llvm.inline_asm(_kind(), [x], "vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", has_side_effects=True)
 
 
 def _lane() -> ir.Value:

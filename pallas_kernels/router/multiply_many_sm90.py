@@ -37,11 +37,18 @@ from pallas_kernels.router.words_sm90 import of_float
 
 EXPERTS, STEP = 64, 16  # of one instruction
 COLUMNS = 64  # whose tokens are a line of shared memory
+MOST_BYTES = 200_000  # of shared memory
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def scratch_words(tokens: int, columns: int, weight_bytes: int) -> int:
-    return columns * (EXPERTS * weight_bytes + -(-tokens // ROWS) * ROWS * 2) // 4
+    rows = -(-tokens // ROWS) * ROWS
+    return _slots(rows, columns, weight_bytes) * COLUMNS * (EXPERTS * weight_bytes + rows * 2) // 4
+
+
+def _slots(rows: int, columns: int, weight_bytes: int) -> int:
+    """How many turns are on their way at once."""
+    return min(columns // COLUMNS, MOST_BYTES // (COLUMNS * (EXPERTS * weight_bytes + rows * 2)))
 
 
 def place_of(expert: jax.Array) -> jax.Array:
@@ -96,18 +103,21 @@ class _Turns:
         self.weight = Staged(weight, zero, COLUMNS, Swap(16 // size, size // 2), self.thread)
         self.rows = -(-self.tokens // ROWS) * ROWS
         of_weight, of_x = EXPERTS * self.weight.pitch, self.rows * self.x.pitch
-        starts = [arith.addi(start_of(smem), word(t * (of_weight + of_x))) for t in range(columns // COLUMNS)]
+        self.turns, self.slots = columns // COLUMNS, _slots(self.rows, columns, size)
+        starts = [arith.addi(start_of(smem), word(slot * (of_weight + of_x))) for slot in range(self.slots)]
         self.places = [(at, arith.addi(at, word(of_weight))) for at in starts]
         self.first_expert = times(self.thread.warp, EXPERTS // WARPS)
 
-    def start(self) -> None:
+    def start(self, first: int = 0) -> None:
+        """Starts to load the turns `first` .. first + slots."""
         each = self.weight.rows_of_copy
         of_warp = [arith.addi(self.first_expert, word(i)) for i in range(0, EXPERTS // WARPS, each)]
         each, copies = self.x.rows_of_copy, self.rows // self.x.rows_of_copy
         # The warps take turns; where no copy is left, the last one again.
         taken = [arith.addi(self.thread.warp, word(i)) for i in range(0, copies, WARPS)]
         of_tokens = [times(arith.minui(i, word(copies - 1)), each) for i in taken]
-        for turn, (weight_at, x_at) in enumerate(self.places):
+        for turn in range(first, min(first + self.slots, self.turns)):
+            weight_at, x_at = self.places[turn % self.slots]
             self.weight.copy(weight_at, of_warp, EXPERTS, turn * COLUMNS)
             self.x.copy(x_at, of_tokens, self.tokens, turn * COLUMNS)
             ptx("cp.async.commit_group;")
@@ -115,10 +125,16 @@ class _Turns:
     def multiply(self) -> list[ir.Value]:
         """Two tokens' sums of either of a thread's two experts, for every 8 tokens."""
         sums = [arith.constant(ir.F32Type.get(), 0.0)] * (self.rows // 2)
-        for turn, (weight_at, x_at) in enumerate(self.places):
-            ptx(f"cp.async.wait_group {len(self.places) - 1 - turn};")
+        for turn in range(self.turns):
+            slot = turn % self.slots
+            if turn and not slot:
+                sums = _awaited(sums)
+                utils.warpgroup_barrier()  # all have read what was loaded
+                self.start(turn)
+            ptx(f"cp.async.wait_group {min(self.slots, self.turns - turn + slot) - 1 - slot};")
             ptx("fence.proxy.async.shared::cta;")
             utils.warpgroup_barrier()
+            weight_at, x_at = self.places[slot]
             sums = _wgmma(sums, [self._terms(weight_at, step) for step in range(COLUMNS // STEP)], x_at, self.rows)
         return _awaited(sums)
 

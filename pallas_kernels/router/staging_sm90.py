@@ -1,8 +1,8 @@
 """Rows of matrices on their way from device memory to registers, by shared memory, in Mosaic.
 
-A warp copies rows as they lie, 16 bytes a lane, so that it touches as few lines as there can be. Where 16 bytes of a row
-stand in shared memory depends on the row, so that threads that load different rows meet no bank twice. (With loads in
-place of copies the compiler starts half of them when others have come.)
+A warp copies rows as they lie, 16 bytes a lane, so that it touches as few lines as there can be. Where 16 bytes of a
+row stand in shared memory depends on the row, so that threads that load different rows meet no bank twice. (With loads
+in place of copies the compiler starts half of them when others have come.)
 """
 
 # Mosaic's Python is not typed for outsiders.

@@ -39,10 +39,7 @@ def share(tokens: int, experts: int, columns: int, blocks: int) -> Share | None:
         for chunks in [_chunks(tokens, tile, columns // parts)]
     ]
     if tokens > FEW_TOKENS:
-        # All of a block's columns have to be on their way at once.
-        of_many = [
-            (*order, replace(share, many=True)) for *order, share in found if share.experts == 64 and share.chunks == 1
-        ]
+        of_many = [(*order, replace(cut, chunks=1, many=True)) for *order, cut in found if cut.experts == 64]
         found = of_many or found
     return min(found, key=lambda x: x[:2])[2] if found else None
 

@@ -102,7 +102,7 @@ def place(token, chosen_words, counts_gmem, order_gmem, *, sums_smem, bins_smem,
         words = wait_for(chosen_words, [first + j for j in range(k)])
         flat = [jnp.where(slot < tokens, word - 1, LARGEST) for word in words]
     if chosen is None:
-        own = jnp.zeros_like(slot) + token * MOST_CHOSEN
+        own = plgpu.layout_cast(jnp.full(slot.shape, token * MOST_CHOSEN, jnp.int32), lanes(LANES))
         chosen = [word - 1 for word in wait_for(chosen_words, [own + j for j in range(k)])]
     before = []
     for j, one in enumerate(chosen):

@@ -18,7 +18,9 @@ token) and the choice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -32,7 +34,7 @@ from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.router import multiply_many_sm90, multiply_sm90, words_sm90
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
-from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, scratch
+from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, place_alone, scratch
 from pallas_kernels.router.words_sm90 import of_float, publish
 
 INTERPRETED_BLOCKS = 8  # that multiply
@@ -47,88 +49,127 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     (tokens, columns), count = x.shape, len(weight)
     cut = share(tokens, count, columns, INTERPRETED_BLOCKS if is_interpreted() else sm_count())
     assert cut is not None, f"a router of {weight.shape}"
-    blocks = count // cut.experts * cut.parts
-    int32, float32 = jnp.int32, jnp.float32
-    logits_words, chosen_words = cut.parts * tokens * count, tokens * MOST_CHOSEN
-    chosen_types = (
-        jax.ShapeDtypeStruct((tokens, rules.k), int32),
-        jax.ShapeDtypeStruct((tokens, rules.k), float32),
-        jax.ShapeDtypeStruct((tokens, count), float32),
-    )
-    placed_types = jax.ShapeDtypeStruct((count,), int32), jax.ShapeDtypeStruct((tokens * rules.k,), int32)
-    to_multiply, (to_choose, to_place) = multiply_scratch(x, weight, cut), scratch(count)
+    run = interpreted if is_interpreted() else launched
+    routing = run(Plan(tokens, columns, count, weight.dtype.itemsize, rules, cut), x, weight, bias, experts)
+    return routing._replace(scores=routing.scores[:, :exist], counts=routing.counts[:exist])
 
-    def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: dict[str, Any], *inputs: Any) -> Any:
-        return plgpu.kernel(kernel, out_type=out_type, grid=(blocks,), grid_names=("block",), scratch_types=scratch)(
-            *inputs
-        )
 
-    zeroed = tokens <= ZEROED
-    words_types = jax.ShapeDtypeStruct((logits_words,), int32), jax.ShapeDtypeStruct((chosen_words,), int32)
-    if is_interpreted():
-        (logits,) = launch(
-            lambda *refs, **scratch: multiply(*refs, **scratch, cut=cut),
-            words_types[:1], blocks, to_multiply, x, weight,
-        )  # fmt: skip
+@dataclass(frozen=True)
+class Plan:
+    """A call's sizes, and what follows from them: shapes of words, of results, and of shared memory."""
 
-        def choose_all(*refs: Any, **scratch: Any) -> None:
-            each_token(tokens, lambda token: choose(token, *refs, **scratch, rules=rules, cut=cut))
+    tokens: int
+    columns: int
+    experts: int
+    weight_bytes: int
+    rules: Rules
+    cut: Share
 
-        *chosen, words = launch(
-            choose_all, (*chosen_types, words_types[1]), INTERPRETED_SMS, to_choose, logits, bias, experts
-        )
+    @property
+    def blocks(self) -> int:
+        return self.experts // self.cut.experts * self.cut.parts
 
-        def place_all(*refs: Any, bins_smem: Any, **scratch: Any) -> None:
-            clear(bins_smem)
-            each_token(tokens, lambda token: place(token, *refs, bins_smem=bins_smem, **scratch, rules=rules))
+    @property
+    def words(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Partial logits by part, token and expert; and what a token has chosen, one more than the expert."""
+        counts = self.cut.parts * self.tokens * self.experts, self.tokens * MOST_CHOSEN
+        logits, chosen = (jax.ShapeDtypeStruct((count,), jnp.int32) for count in counts)
+        return logits, chosen
 
-        placed = launch(place_all, placed_types, INTERPRETED_SMS, to_place, words)
-        return of_first(exist, Routing(*chosen, *placed))
+    @property
+    def chosen(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        k, tokens = self.rules.k, self.tokens
+        shapes = ((tokens, k), jnp.int32), ((tokens, k), jnp.float32), ((tokens, self.experts), jnp.float32)
+        return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+    @property
+    def placed(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shapes = (self.experts,), (self.tokens * self.rules.k,)
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        columns = self.columns // self.cut.parts // self.cut.chunks
+        if self.cut.many:
+            words = multiply_many_sm90.scratch_words(self.tokens, columns, self.weight_bytes)
+        else:
+            words = multiply_sm90.scratch_words(self.tokens, columns, self.cut.experts, self.weight_bytes)
+        return {"products_smem": plgpu.SMEM((words,), jnp.float32)}
+
+
+def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: dict[str, Any], *inputs: Any) -> Any:
+    run = plgpu.kernel(kernel, out_type=out_type, grid=(blocks,), grid_names=("block",), scratch_types=scratch)
+    return run(*inputs)
+
+
+def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
+    """One launch, and one for zeros."""
+    zeroed, (to_choose, to_place) = plan.tokens <= ZEROED, scratch(plan.experts)
 
     def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, products_smem, scores_smem, keys_smem, **of_place):
         *words, experts_gmem, weights_gmem, scores_gmem, counts_gmem, order_gmem = outs
-        chosen_gmem = experts_gmem, weights_gmem, scores_gmem
         if zeroed:
-            both = pl.get_global(plgpu.SemaphoreType.REGULAR((logits_words + chosen_words,)))
-            words = both.at[pl.ds(0, logits_words)], both.at[pl.ds(logits_words, chosen_words)]
-        logits, handed = words
+            sizes = [math.prod(x.shape) for x in plan.words]
+            both = pl.get_global(plgpu.SemaphoreType.REGULAR((sum(sizes),)))
+            words = both.at[pl.ds(0, sizes[0])], both.at[pl.ds(*sizes)]
+        logits_words, chosen_words = words
 
-        def clear_words() -> None:
-            """Of a token, by who will wait for them; nobody has words before all have done so."""
-            clear(of_place["bins_smem"])
-            if zeroed:
-                return
-            cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
+        def meanwhile() -> None:
+            if plan.tokens > 1:
+                clear(of_place["bins_smem"])
+            if not zeroed:
+                clear_words(plan, logits_words, chosen_words)
 
-            def of_token(token: Any) -> None:
-                words_sm90.clear(logits, token * count, tokens * count, (cut.parts, count))
-                words_sm90.clear(handed, token * MOST_CHOSEN, 0, (1, MOST_CHOSEN))
-
-            each_token(tokens, of_token)
-            plgpu.semaphore_signal(cleared, memory_scope="gpu")
-            plgpu.semaphore_wait(cleared, blocks, decrement=False, memory_scope="gpu")
-
-        multiply(x_gmem, weight_gmem, logits, products_smem=products_smem, cut=cut, meanwhile=clear_words)
+        multiply(plan, x_gmem, weight_gmem, logits_words, products_smem=products_smem, meanwhile=meanwhile)
 
         def choose_one(token: Any) -> list[jax.Array]:
+            outs = experts_gmem, weights_gmem, scores_gmem, chosen_words
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
-            return choose(token, logits, bias_gmem, given_gmem, *chosen_gmem, handed, **buffers, rules=rules, cut=cut)
+            return choose(token, logits_words, bias_gmem, given_gmem, *outs, **buffers, rules=plan.rules, cut=plan.cut)
 
         def place_one(token: Any, chosen: list[jax.Array] | None = None) -> None:
-            place(token, handed, counts_gmem, order_gmem, **of_place, rules=rules, chosen=chosen)
+            place(token, chosen_words, counts_gmem, order_gmem, **of_place, rules=plan.rules, chosen=chosen)
 
-        if tokens <= blocks:
-            each_token(tokens, lambda token: place_one(token, choose_one(token)))
+        if plan.tokens == 1:
+            each_token(1, lambda token: place_alone(choose_one(token), counts_gmem, order_gmem))
+        elif plan.tokens <= plan.blocks:
+            each_token(plan.tokens, lambda token: place_one(token, choose_one(token)))
         else:
-            each_token(tokens, choose_one)
-            each_token(tokens, place_one)
+            each_token(plan.tokens, choose_one)
+            each_token(plan.tokens, place_one)
 
-    words_types = () if zeroed else words_types
+    words = () if zeroed else plan.words
     outs = launch(
-        kernel, (*words_types, *chosen_types, *placed_types), blocks, to_multiply | to_choose | to_place,
+        kernel, (*words, *plan.chosen, *plan.placed), plan.blocks, plan.scratch | to_choose | to_place,
         x, weight, bias, experts,
     )  # fmt: skip
-    return of_first(exist, Routing(*outs[len(words_types) :]))
+    return Routing(*outs[len(words) :])
+
+
+def interpreted(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
+    """What the simulated GPU, which has no semaphores, runs in their place: three launches."""
+    (logits_words, chosen_words), (to_choose, to_place) = plan.words, scratch(plan.experts)
+    (logits,) = launch(
+        lambda *refs, **scratch: multiply(plan, *refs, **scratch),
+        (logits_words,), plan.blocks, plan.scratch, x, weight,
+    )  # fmt: skip
+
+    def choose_all(*refs: Any, **scratch: Any) -> None:
+        each_token(plan.tokens, lambda token: choose(token, *refs, **scratch, rules=plan.rules, cut=plan.cut))
+
+    def place_all(words_gmem: Any, *refs: Any, bins_smem: Any, **scratch: Any) -> None:
+        if plan.tokens == 1:
+            chosen = [words_gmem[j] - 1 for j in range(plan.rules.k)]
+            each_token(1, lambda _: place_alone(chosen, *refs))
+            return
+        clear(bins_smem)
+        buffers = {"bins_smem": bins_smem, **scratch, "rules": plan.rules}
+        each_token(plan.tokens, lambda token: place(token, words_gmem, *refs, **buffers))
+
+    types = *plan.chosen, chosen_words
+    *chosen, words = launch(choose_all, types, INTERPRETED_SMS, to_choose, logits, bias, experts)
+    placed = launch(place_all, plan.placed, INTERPRETED_SMS, to_place, words)
+    return Routing(*chosen, *placed)
 
 
 def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
@@ -142,24 +183,11 @@ def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[ja
     return jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
 
 
-def of_first(count: int, routing: Routing) -> Routing:
-    return routing._replace(scores=routing.scores[:, :count], counts=routing.counts[:count])
-
-
-def multiply_scratch(x: jax.Array, weight: jax.Array, cut: Share) -> dict[str, Any]:
-    tokens, columns = len(x), x.shape[1] // cut.parts // cut.chunks
-    if cut.many:
-        words = multiply_many_sm90.scratch_words(tokens, columns, weight.dtype.itemsize)
-    else:
-        words = multiply_sm90.scratch_words(tokens, columns, cut.experts, weight.dtype.itemsize)
-    return {"products_smem": plgpu.SMEM((words,), jnp.float32)}
-
-
 def multiply(
-    x_gmem, weight_gmem, words_gmem, *, products_smem, cut: Share, meanwhile: Callable[[], None] = lambda: None
+    plan: Plan, x_gmem, weight_gmem, words_gmem, *, products_smem, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     """Hands over partial logits of the block's experts and columns. meanwhile: done while they are loaded."""
-    (tokens, columns), count = x_gmem.shape, weight_gmem.shape[0]
+    tokens, columns, count, cut = plan.tokens, plan.columns, plan.experts, plan.cut
     block = lax.axis_index("block")
     tile, part = lax.div(block, cut.parts), lax.rem(block, cut.parts)
     width = columns // cut.parts // cut.chunks
@@ -189,6 +217,20 @@ def multiply(
     if cut.chunks > 1:
         logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + logits_of(c), logits)
     publish(words_gmem, first, count, of_float(logits), (tokens, cut.experts))
+
+
+def clear_words(plan: Plan, logits_words, chosen_words) -> None:
+    """Of the block's tokens, for which it will wait; nobody hands over words before all have done so."""
+    tokens, count = plan.tokens, plan.experts
+    cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+    def of_token(token: Any) -> None:
+        words_sm90.clear(logits_words, token * count, tokens * count, (plan.cut.parts, count))
+        words_sm90.clear(chosen_words, token * MOST_CHOSEN, 0, (1, MOST_CHOSEN))
+
+    each_token(tokens, of_token)
+    plgpu.semaphore_signal(cleared, memory_scope="gpu")
+    plgpu.semaphore_wait(cleared, plan.blocks, decrement=False, memory_scope="gpu")
 
 
 def each_token(tokens: int, of_one: Callable[[Any], Any]) -> None:

@@ -95,12 +95,8 @@ def place(token, chosen_words, counts_gmem, order_gmem, *, sums_smem, bins_smem,
     """
     k, tokens = rules.k, order_gmem.shape[0] // rules.k
     slot = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=lanes(LANES))
-    if tokens == 1 and chosen is not None:
-        flat = [jnp.where(slot == 0, one, LARGEST) for one in chosen]
-    else:
-        first = jnp.minimum(slot, tokens - 1) * MOST_CHOSEN
-        words = wait_for(chosen_words, [first + j for j in range(k)])
-        flat = [jnp.where(slot < tokens, word - 1, LARGEST) for word in words]
+    first = jnp.minimum(slot, tokens - 1) * MOST_CHOSEN
+    flat = [jnp.where(slot < tokens, x - 1, LARGEST) for x in wait_for(chosen_words, [first + j for j in range(k)])]
     if chosen is None:
         own = plgpu.layout_cast(jnp.full(slot.shape, token * MOST_CHOSEN, jnp.int32), lanes(LANES))
         chosen = [word - 1 for word in wait_for(chosen_words, [own + j for j in range(k)])]
@@ -120,6 +116,14 @@ def place(token, chosen_words, counts_gmem, order_gmem, *, sums_smem, bins_smem,
         count(bins_smem, flat)
         experts = pl.ds(0, counts_gmem.shape[0])
         counts_gmem[...] = plgpu.load(bins_smem.at[experts], layout=lanes(experts.size), optimized=False)
+
+
+def place_alone(chosen: list[jax.Array], counts_gmem, order_gmem) -> None:
+    """`place` of the only token."""
+    for j, one in enumerate(chosen):
+        order_gmem[sum((other < one + int(i < j)).astype(jnp.int32) for i, other in enumerate(chosen))] = j
+    expert = plgpu.broadcasted_iota(jnp.int32, counts_gmem.shape, 0, layout=lanes(*counts_gmem.shape))
+    counts_gmem[...] = sum((expert == one).astype(jnp.int32) for one in chosen)
 
 
 def clear(bins_smem) -> None:

@@ -18,7 +18,6 @@ token) and the choice.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +37,7 @@ from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, place_
 from pallas_kernels.router.words_sm90 import of_float, publish
 
 INTERPRETED_BLOCKS = 8  # that multiply
-ORDER = 0
-ZEROED = 8  # tokens whose words come as zeros, made in a launch of their own; those of more are cleared here
+CLEARS, MULTIPLIES = 1, 0  # which warpgroup
 
 
 def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax.Array | None, rules: Rules) -> Routing:
@@ -97,31 +95,18 @@ class Plan:
         return {"products_smem": plgpu.SMEM((words,), jnp.float32)}
 
 
-def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: dict[str, Any], *inputs: Any) -> Any:
-    run = plgpu.kernel(kernel, out_type=out_type, grid=(blocks,), grid_names=("block",), scratch_types=scratch)
-    return run(*inputs)
+def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: Any, *inputs: Any, **threads: Any) -> Any:
+    names = {"grid": (blocks,), "grid_names": ("block",), **threads}
+    return plgpu.kernel(kernel, out_type=out_type, scratch_types=scratch, **names)(*inputs)
 
 
 def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
-    """One launch, and one for zeros."""
-    zeroed, (to_choose, to_place) = plan.tokens <= ZEROED, scratch(plan.experts)
+    to_choose, to_place = scratch(plan.experts)
 
-    def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, products_smem, scores_smem, keys_smem, **of_place):
-        *words, experts_gmem, weights_gmem, scores_gmem, counts_gmem, order_gmem = outs
-        if zeroed:
-            sizes = [math.prod(x.shape) for x in plan.words]
-            both = pl.get_global(plgpu.SemaphoreType.REGULAR((sum(sizes),)))
-            words = both.at[pl.ds(0, sizes[0])], both.at[pl.ds(*sizes)]
-        logits_words, chosen_words = words
-
-        def meanwhile() -> None:
-            if plan.tokens > 1:
-                clear(of_place["bins_smem"])
-            if not zeroed:
-                clear_words(plan, logits_words, chosen_words)
-
-        multiply(plan, x_gmem, weight_gmem, logits_words, products_smem=products_smem, meanwhile=meanwhile)
-
+    def kernel(
+        x_gmem, weight_gmem, bias_gmem, given_gmem, logits_words, chosen_words, experts_gmem, weights_gmem, scores_gmem,
+        counts_gmem, order_gmem, *, products_smem, scores_smem, keys_smem, cleared, **of_place,
+    ):  # fmt: skip
         def choose_one(token: Any) -> list[jax.Array]:
             outs = experts_gmem, weights_gmem, scores_gmem, chosen_words
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
@@ -130,20 +115,33 @@ def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routin
         def place_one(token: Any, chosen: list[jax.Array] | None = None) -> None:
             place(token, chosen_words, counts_gmem, order_gmem, **of_place, rules=plan.rules, chosen=chosen)
 
-        if plan.tokens == 1:
-            each_token(1, lambda token: place_alone(choose_one(token), counts_gmem, order_gmem))
-        elif plan.tokens <= plan.blocks:
-            each_token(plan.tokens, lambda token: place_one(token, choose_one(token)))
-        else:
-            each_token(plan.tokens, choose_one)
-            each_token(plan.tokens, place_one)
+        def meanwhile() -> None:
+            if plan.tokens > 1:
+                clear(of_place["bins_smem"])
+            plgpu.barrier_wait(cleared)
 
-    words = () if zeroed else plan.words
+        @pl.when(lax.axis_index("warpgroup") == CLEARS)
+        def _clears():
+            clear_words(plan, logits_words, chosen_words)
+            plgpu.barrier_arrive(cleared)
+
+        @pl.when(lax.axis_index("warpgroup") == MULTIPLIES)
+        def _routes():
+            multiply(plan, x_gmem, weight_gmem, logits_words, products_smem=products_smem, meanwhile=meanwhile)
+            if plan.tokens == 1:
+                each_token(1, lambda token: place_alone(choose_one(token), counts_gmem, order_gmem))
+            elif plan.tokens <= plan.blocks:
+                each_token(plan.tokens, lambda token: place_one(token, choose_one(token)))
+            else:
+                each_token(plan.tokens, choose_one)
+                each_token(plan.tokens, place_one)
+
+    buffers = plan.scratch | to_choose | to_place | {"cleared": plgpu.Barrier()}
     outs = launch(
-        kernel, (*words, *plan.chosen, *plan.placed), plan.blocks, plan.scratch | to_choose | to_place,
-        x, weight, bias, experts,
+        kernel, (*plan.words, *plan.chosen, *plan.placed), plan.blocks, buffers, x, weight, bias, experts,
+        num_threads=2, thread_name="warpgroup",
     )  # fmt: skip
-    return Routing(*outs[len(words) :])
+    return Routing(*outs[len(plan.words) :])
 
 
 def interpreted(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
@@ -197,12 +195,9 @@ def multiply(
         chosen = pl.ds((part * cut.chunks + c) * width, width)
         return x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], products_smem
 
-    if ORDER:
-        meanwhile()
     if cut.many:
         multiply_many_sm90.start(*of_chunk(0))
-        if not ORDER:
-            meanwhile()
+        meanwhile()
         multiply_many_sm90.hand_over(*of_chunk(0), words_gmem, first, count)
         return
 
@@ -211,8 +206,7 @@ def multiply(
         return multiply_sm90.products(*of_chunk(c))
 
     multiply_sm90.start(*of_chunk(0))
-    if not ORDER:
-        meanwhile()
+    meanwhile()
     logits = multiply_sm90.products(*of_chunk(0))
     if cut.chunks > 1:
         logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + logits_of(c), logits)

@@ -42,7 +42,7 @@ from pallas_kernels.router.staging_sm90 import (
 from pallas_kernels.router.words_sm90 import lanes
 
 TOKENS, EXPERTS, STEP = 16, 8, 16  # of one instruction: rows, columns, and what it sums over
-MOST_COLUMNS = 64  # that a warp waits for at a time
+MOST_COLUMNS = 32  # that a warp waits for at a time
 BUSY = 8  # accumulators that keep the tensor cores busy
 
 

@@ -70,12 +70,12 @@ class Staged:
         pieces = self.pitch // 16
         row = arith.andi(arith.divui(self.thread.lane, word(pieces)), word(self.rows_of_copy - 1))
         byte = times(arith.remui(self.thread.lane, word(pieces)), 16)
-        to = arith.addi(to, self._offset(row, byte))
         start = arith.addi(self.start, _wide(arith.addi(byte, word(column * self.size))))
         for first in firsts:
-            at = arith.minui(arith.addi(row, first), word(exist - 1))
-            address = arith.addi(start, arith.muli(_wide(at), arith.constant(_i64(), self.stride)))
-            ptx("cp.async.cg.shared.global [$0], [$1], 16;", arith.addi(to, times(first, self.pitch)), address)
+            at = arith.addi(row, first)
+            source = arith.muli(_wide(arith.minui(at, word(exist - 1))), arith.constant(_i64(), self.stride))
+            addresses = arith.addi(to, self._offset(at, byte)), arith.addi(start, source)
+            ptx("cp.async.cg.shared.global [$0], [$1], 16;", *addresses)
 
     def load(self, at: ir.Value, row: ir.Value, byte: ir.Value, words: int) -> list[ir.Value]:
         """Words of what was copied to `at`."""

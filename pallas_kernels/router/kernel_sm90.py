@@ -1,14 +1,18 @@
 """Routing of few tokens on Hopper in one launch: scores, choice, weights, counts and row order.
 
-1. Every thread block has some experts and some of the columns of the router's matrix, which it reads once, and hands
-   over its partial logits (multiply_sm90.py, words_sm90.py).
-2. A thread block has a token: it adds the partial logits in order, scores them, takes the k best (choice_sm90.py),
-   weighs them, and hands over which they are.
+What one warpgroup of a thread block does:
+1. It has some experts and some of the columns of the router's matrix, which it reads once, and hands over its partial
+   logits (multiply_sm90.py, and multiply_many_sm90.py for more than 16 tokens).
+2. It has a token: it adds the partial logits in order, scores them, takes the k best, weighs them, and hands over which
+   they are (token_sm90.py).
 3. For each row of its token it counts the rows that sort before it, which is the row's place in the order; the first
    thread block also counts each expert's rows.
 
-Thread blocks wait for one another's words: there are no more than multiprocessors. The simulated GPU runs one thread
-block after another, and three launches. A token's scores, experts and weights depend on no other.
+What is handed over are words that are there when they are not 0 (words_sm90.py). The other warpgroup clears those that
+its thread block will wait for while the matrix is loaded, and waits until all thread blocks have done so, which takes a
+semaphore. Thread blocks wait for one another: there are no more than multiprocessors. The simulated GPU, which has no
+semaphores, runs three launches. A token's scores, experts and weights depend on no other.
+
 Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two hand-overs (one for one
 token) and the choice.
 """
@@ -46,7 +50,6 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     weight, bias = filled_up(weight, bias, padded_experts(exist))
     (tokens, columns), count = x.shape, len(weight)
     cut = share(tokens, count, columns, INTERPRETED_BLOCKS if is_interpreted() else sm_count())
-    assert cut is not None, f"a router of {weight.shape}"
     run = interpreted if is_interpreted() else launched
     routing = run(Plan(tokens, columns, count, weight.dtype.itemsize, rules, cut), x, weight, bias, experts)
     return routing._replace(scores=routing.scores[:, :exist], counts=routing.counts[:exist])
@@ -191,7 +194,7 @@ def multiply(
     width = columns // cut.parts // cut.chunks
     first = part * (tokens * count) + tile * cut.experts
 
-    def of_chunk(c: Any) -> tuple[Any, ...]:
+    def of_chunk(c: Any) -> tuple[Any, Any, Any]:
         chosen = pl.ds((part * cut.chunks + c) * width, width)
         return x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], products_smem
 

@@ -25,28 +25,27 @@ class Share:
     many: bool = False
 
 
-def share(tokens: int, experts: int, columns: int, blocks: int) -> Share | None:
+def share(tokens: int, experts: int, columns: int, blocks: int) -> Share:
     """The share of most thread blocks, no more than `blocks`, and of those the one that moves the fewest words.
 
-    Blocks wait for one another: there may be no more than run at once, one a multiprocessor. None: it cannot be cut.
+    Blocks wait for one another: there may be no more than run at once, one a multiprocessor.
     """
     found = [
-        (-(experts // tile * parts), _words(tokens, tile, experts, columns, parts), Share(tile, parts, chunks))
+        Share(tile, parts, _chunks(tokens, tile, columns // parts))
         for tile in TILES
         if experts % tile == 0
         for parts in range(1, columns // STEP + 1)
         if columns % (STEP * parts) == 0 and experts // tile * parts <= blocks
-        for chunks in [_chunks(tokens, tile, columns // parts)]
     ]
     if tokens > FEW_TOKENS:
-        of_many = [(*order, replace(cut, chunks=1, many=True)) for *order, cut in found if cut.experts == 64]
-        found = of_many or found
-    return min(found, key=lambda x: x[:2])[2] if found else None
+        found = [replace(cut, chunks=1, many=True) for cut in found if cut.experts == 64]
 
+    def cost(cut: Share) -> tuple[int, int]:
+        # Words that a block reads of tokens, hands over, and reads of what others hand over.
+        words = tokens * columns // cut.parts // 2 + tokens * cut.experts + cut.parts * experts
+        return -(experts // cut.experts * cut.parts), words
 
-def _words(tokens: int, tile: int, experts: int, columns: int, parts: int) -> int:
-    """That a thread block reads of tokens, and hands over, and reads of what others hand over."""
-    return tokens * columns // parts // 2 + tokens * tile + parts * experts
+    return min(found, key=cost)
 
 
 def _chunks(tokens: int, tile: int, columns: int) -> int:

@@ -3,6 +3,7 @@
 A lane sorts its neighbouring keys; then the largest of all is the largest of what the lanes have first (REDUX), whose
 lane moves on to its next. Every warp does so for itself, and no warp waits for another. A key and its place are one
 number of 64 bits, of which no two are equal: the upper half is the key, the lower one the larger the lower the place.
+The interpreter's twins are in jnp.
 """
 
 # Mosaic's Python is not typed for outsiders.
@@ -162,13 +163,13 @@ def _load(keys: ir.Value, first: ir.Value, each: int) -> list[ir.Value]:
 
 
 def _sort_down(values: list[ir.Value]) -> None:
-    for low, high in _comparators(len(values)):
+    for low, high in comparators(len(values)):
         a, b = values[low], values[high]
         ordered = arith.cmpi(arith.CmpIPredicate.sgt, a, b)
         values[low], values[high] = arith.select(ordered, a, b), arith.select(ordered, b, a)
 
 
-def _comparators(count: int) -> Iterator[tuple[int, int]]:
+def comparators(count: int) -> Iterator[tuple[int, int]]:
     """Batcher's merge exchange: which pairs to put in order, one after another, to sort `count` values."""
     top = 1 << max(0, (count - 1).bit_length() - 1)
     p = top

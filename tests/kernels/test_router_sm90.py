@@ -14,8 +14,10 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.router import kernel_sm90, reference, router, sm90
 from pallas_kernels.router.cases import BENCH, RouterCase
-from pallas_kernels.router.tiling import Share, share
+from pallas_kernels.router.multiply_many_sm90 import place_of
+from pallas_kernels.router.tiling import FEW_TOKENS, Share, share
 from pallas_kernels.router.token_sm90 import Rules, scored
+from pallas_kernels.router.warps_sm90 import comparators
 
 HOPPER = KINDS["H100 / H200"]
 
@@ -190,13 +192,27 @@ def test_a_named_kernel_is_refused_here():
         )  # fmt: skip
 
 
+def test_the_choice_sorts():
+    """Whatever is in two kinds of values; then it sorts all."""
+    for count in (4, 8, 12, 16):
+        values = [(np.arange(2**count) >> i) & 1 for i in range(count)]
+        for low, high in comparators(count):
+            values[low], values[high] = np.maximum(values[low], values[high]), np.minimum(values[low], values[high])
+        assert all((a >= b).all() for a, b in zip(values, values[1:], strict=False))
+
+
+def test_every_expert_has_a_place_among_the_words():
+    assert sorted(place_of(jnp.arange(128)).tolist()) == list(range(128))
+
+
 def test_every_thread_block_runs_at_once():
     for experts in (128, 256, 384, 512):
         for columns in (1024, 4096, 7168):
             for multiprocessors in (132, 114):
                 for tokens in (1, 128):
                     found = share(tokens, experts, columns, multiprocessors)
-                    assert found and experts // found.experts * found.parts <= multiprocessors
+                    assert experts // found.experts * found.parts <= multiprocessors
+                    assert columns % (found.parts * found.chunks) == 0 and found.many == (tokens > FEW_TOKENS)
 
 
 @pytest.mark.parametrize("case", [BENCH[0], BENCH[-1], RouterCase("odd", 100)], ids=lambda case: case.name)

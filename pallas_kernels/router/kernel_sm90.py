@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def words(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Partial logits by part, token and expert; and what a token has chosen, one more than the expert."""
+        """Partial logits by part, token and expert; and what a token has chosen: twice the expert and one."""
         counts = self.cut.parts * self.tokens * self.experts, self.tokens * MOST_CHOSEN
         logits, chosen = (jax.ShapeDtypeStruct((count,), jnp.int32) for count in counts)
         return logits, chosen
@@ -160,7 +160,7 @@ def interpreted(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Rou
 
     def place_all(words_gmem: Any, *refs: Any, bins_smem: Any, **scratch: Any) -> None:
         if plan.tokens == 1:
-            chosen = [words_gmem[j] - 1 for j in range(plan.rules.k)]
+            chosen = [words_gmem[j] >> 1 for j in range(plan.rules.k)]
             each_token(1, lambda _: place_alone(chosen, *refs))
             return
         clear(bins_smem)

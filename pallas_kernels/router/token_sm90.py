@@ -68,7 +68,7 @@ def choose(
         slot = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=lanes(LANES))
         words = jnp.full((LANES,), 1, jnp.int32)
         for j, one in enumerate(chosen):
-            words = jnp.where(slot == j, one + 1, words)
+            words = jnp.where(slot == j, one * 2 + 1, words)
         publish(chosen_words, token * MOST_CHOSEN, 0, words, (1, MOST_CHOSEN))
     scores_gmem[token] = score
     weights = [scores_smem[one] for one in chosen]
@@ -96,10 +96,10 @@ def place(token, chosen_words, counts_gmem, order_gmem, *, sums_smem, bins_smem,
     k, tokens = rules.k, order_gmem.shape[0] // rules.k
     slot = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=lanes(LANES))
     first = jnp.minimum(slot, tokens - 1) * MOST_CHOSEN
-    flat = [jnp.where(slot < tokens, x - 1, LARGEST) for x in wait_for(chosen_words, [first + j for j in range(k)])]
+    flat = [jnp.where(slot < tokens, x >> 1, LARGEST) for x in wait_for(chosen_words, [first + j for j in range(k)])]
     if chosen is None:
         own = plgpu.layout_cast(jnp.full(slot.shape, token * MOST_CHOSEN, jnp.int32), lanes(LANES))
-        chosen = [word - 1 for word in wait_for(chosen_words, [own + j for j in range(k)])]
+        chosen = [word >> 1 for word in wait_for(chosen_words, [own + j for j in range(k)])]
     before = []
     for j, one in enumerate(chosen):
         # Of rows with the same expert those of earlier tokens come first, and earlier ones of this token.

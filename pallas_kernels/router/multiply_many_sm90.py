@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.router.staging_sm90 import (
@@ -214,6 +214,4 @@ def _floats(struct: ir.Value, count: int) -> list[ir.Value]:
 def _the(x: Any) -> ir.Value:
     """The value of a scalar."""
     value = x.registers.item()
-    from jaxlib.mlir.dialects import vector
-
     return vector.extract(value, [], [0]) if isinstance(value.type, ir.VectorType) else value

@@ -54,8 +54,8 @@ def choose(
     bias = None if bias_gmem is None else plgpu.load(bias_gmem, layout=layout, optimized=False).astype(jnp.float32)
     given = None if given_gmem is None else [given_gmem[token, j] for j in range(rules.k)]
     sync()
-    place = place_of(expert) if cut.many else expert
-    found = wait_for(logits_words, [place + (part * tokens + token) * count for part in range(cut.parts)])
+    at = place_of(expert) if cut.many else expert
+    found = wait_for(logits_words, [at + (part * tokens + token) * count for part in range(cut.parts)])
     partial = [lax.bitcast_convert_type(words, jnp.float32) for words in found]
     score = scored(sum(partial[1:], partial[0]), rules.scoring)
     if given is None:

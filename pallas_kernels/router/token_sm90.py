@@ -15,8 +15,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.router.multiply_many_sm90 import place_of
-from pallas_kernels.router.tiling import LANES, MOST_CHOSEN, Share
+from pallas_kernels.router.tiling import LANES, MOST_CHOSEN
 from pallas_kernels.router.warps_sm90 import WARPS, best, count, keep, sync, totals
 from pallas_kernels.router.words_sm90 import lanes, publish, wait_for
 
@@ -45,7 +44,7 @@ def scratch(experts: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def choose(
     token, logits_words, bias_gmem, given_gmem, experts_gmem, weights_gmem, scores_gmem, chosen_words,
-    *, scores_smem, keys_smem, rules: Rules, cut: Share,
+    *, scores_smem, keys_smem, rules: Rules, parts: int,
 ) -> list[jax.Array]:  # fmt: skip
     """Scores, experts and weights of a token."""
     tokens, count = scores_gmem.shape
@@ -54,8 +53,7 @@ def choose(
     bias = None if bias_gmem is None else plgpu.load(bias_gmem, layout=layout, optimized=False).astype(jnp.float32)
     given = None if given_gmem is None else [given_gmem[token, j] for j in range(rules.k)]
     sync()
-    at = place_of(expert) if cut.many else expert
-    found = wait_for(logits_words, [at + (part * tokens + token) * count for part in range(cut.parts)])
+    found = wait_for(logits_words, [expert + (part * tokens + token) * count for part in range(parts)])
     partial = [lax.bitcast_convert_type(words, jnp.float32) for words in found]
     score = scored(sum(partial[1:], partial[0]), rules.scoring)
     if given is None:

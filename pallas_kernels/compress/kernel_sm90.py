@@ -39,7 +39,8 @@ from jax import lax
 
 from pallas_kernels.compress import entry_sm90 as entries
 from pallas_kernels.compress.reference import CompressorState
-from pallas_kernels.compress.tiling import held, rows_at_once
+from pallas_kernels.compress.tiling import held
+from pallas_kernels.compress.tiling import split as split_rows
 from pallas_kernels.quant.rows import Rows
 from pallas_kernels.ring import MAX_STEP, write_ring
 
@@ -73,14 +74,15 @@ def compress_into(
     slots, few = state.kv.shape[1], tokens <= MAX_STEP
     blocks = (tokens + ratio - 1) // ratio  # the most that can close
     layout = entries.registers(size)
-    at_once = rows_at_once(ratio, halves)
+    warpgroups, parts, at_once = split_rows(ratio, halves)
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], -1, *size)
 
     def kernel(kv_gmem, gate_gmem, start_gmem, count_gmem, ape_gmem, weight_gmem, turn_gmem, *refs, **scratch):
         kv_ring, gate_ring, *out_gmem = refs
-        b = lax.axis_index("sequence")
+        b, warpgroup = lax.axis_index("sequence"), lax.axis_index("warpgroup") if warpgroups > 1 else 0
+        of_entry = {name: ref for name, ref in scratch.items() if name in entries.scratch(form, size)}
         begin, added = start_gmem[b], count_gmem[b]
         first = lax.div(begin, ratio)
         closed = lax.div(begin + added, ratio) - first
@@ -104,25 +106,28 @@ def compress_into(
                         if token == t:
                             (kv_ring, gate_ring)[pair][b, slot, half] = values
 
-        def row(position: Any, half: Any) -> tuple[jax.Array, jax.Array]:
+        def row(position: Any, half: Any, all_new: bool) -> tuple[jax.Array, jax.Array]:
             """kv and gate of one row."""
-            slot = lax.rem(position + slots, slots)  # before position 0: any row, which is not used
-            kept = load(kv_ring.at[b, slot, half]), load(gate_ring.at[b, slot, half])
-            if few:
-                return kept
+            if few or not all_new:
+                slot = lax.rem(position + slots, slots)  # before position 0: any row, which is not used
+                kept = load(kv_ring.at[b, slot, half]), load(gate_ring.at[b, slot, half])
+                if few:
+                    return kept
             t = jnp.clip(position - begin, 0, tokens - 1)
             new = load(kv_gmem.at[b, t, half]), load(gate_gmem.at[b, t, half])
+            if all_new:
+                return new
             before = everywhere(position < begin)
             values, gates = (jnp.where(before, old, now) for old, now in zip(kept, new, strict=True))
             return values, gates
 
-        def part(at: Any, entry: jax.Array, softmax: Softmax) -> Softmax:
+        def part(at: Any, entry: jax.Array, softmax: Softmax, all_new: bool) -> Softmax:
             """Rows at .. at + at_once - 1 of an entry, added."""
             found = []
             for i in range(at_once):
                 half = (at + i) // ratio if isinstance(at, int) else lax.div(at, ratio)
                 position = (entry - (halves - 1)) * ratio + at + i
-                values, gates = row(position, half)
+                values, gates = row(position, half, all_new)
                 gates = gates + load(ape_gmem.at[at + i - half * ratio, half])
                 if halves > 1:  # the block before the first does not exist
                     exists = everywhere(position >= 0)
@@ -137,21 +142,61 @@ def compress_into(
             return Softmax(peak, total, weighted)
 
         def pooled(entry: jax.Array) -> jax.Array:
+            """Of an entry: the rows of this warpgroup, and then of all."""
             softmax = Softmax(*(everywhere(jnp.float32(x)) for x in (LOWEST, 0.0, 0.0)))
-            if (parts := halves * ratio // at_once) == 1:
-                softmax = part(0, entry, softmax)
-            else:
-                softmax = lax.fori_loop(0, parts, lambda i, so_far: part(i * at_once, entry, so_far), softmax)
+            first_row = 0 if warpgroups == 1 else warpgroup * (parts * at_once)
+
+            def rows_of(all_new: bool) -> Softmax:
+                if warpgroups * parts == 1:
+                    return part(0, entry, softmax, all_new)
+                one = lambda i, so_far: part(first_row + i * at_once, entry, so_far, all_new)  # noqa: E731
+                return lax.fori_loop(0, parts, one, softmax)
+
+            if few:
+                softmax = rows_of(False)
+            else:  # only the first entries have rows of the rings
+                new = (entry - (halves - 1)) * ratio >= begin
+                softmax = lax.cond(new, lambda: rows_of(True), lambda: rows_of(False))
+            if warpgroups > 1:
+                softmax = over_warpgroups(softmax)
             return softmax.weighted / softmax.total
+
+        def over_warpgroups(softmax: Softmax) -> Softmax:
+            """Of all rows, in every warpgroup and to the same bits."""
+            shared, meet = scratch["shared"], scratch["meet"]
+            for at, values in enumerate(softmax):
+                shared[warpgroup, at] = values
+            together(meet)
+            each = [Softmax(*(load(shared.at[w, at]) for at in range(3))) for w in range(warpgroups)]
+            peak = functools.reduce(jnp.maximum, [one.peak for one in each])
+            shrinks = [jnp.exp(one.peak - peak) for one in each]
+            total, weighted = (
+                functools.reduce(jnp.add, [one[at] * shrink for one, shrink in zip(each, shrinks, strict=True)])
+                for at in (1, 2)
+            )
+            return Softmax(peak, total, weighted)
+
+        def together(meet: Any) -> None:
+            plgpu.barrier_arrive(meet)
+            plgpu.barrier_wait(meet)
 
         def close(entry: jax.Array) -> None:
             wide = pooled(entry)
+            if warpgroups == 1:
+                finish(entry, wide)
+            else:
+                pl.when(warpgroup == 0)(lambda: finish(entry, wide))
+
+        def finish(entry: jax.Array, wide: jax.Array) -> None:
             normed = entries.normed(wide, load(weight_gmem).astype(jnp.float32), norm_eps, layout)
             turned = entries.rotated(normed, entry * ratio, load(turn_gmem), layout)
-            entries.write(turned, form, (b, entry), out_gmem, layout, **scratch)
+            entries.write(turned, form, (b, entry), out_gmem, layout, **of_entry)
 
-        if few:
+        if few and warpgroups == 1:
             keep()
+        elif few:
+            pl.when(warpgroup == 0)(keep)
+            pl.when(closed > 0)(lambda: together(scratch["meet"]))
         for i in range(blocks) if few else [lax.axis_index("block")]:
             held_there = first + i < rows.shape[1]
             pl.when((i < closed) & held_there)(lambda i=i: close(first + i))
@@ -162,10 +207,17 @@ def compress_into(
     if few:
         rings = [jax.new_ref(x) for x in rings]
     outs = [None if x is None else jax.new_ref(x) for x in entries.views(rows, size)]
+    sharing: dict[str, Any] = {}
+    threads: dict[str, Any] = {}
+    if warpgroups > 1:
+        sharing["shared"] = plgpu.SMEM((warpgroups, len(Softmax._fields), *size), jnp.float32)
+        sharing["meet"] = plgpu.Barrier(num_arrivals=warpgroups)
+        threads = {"num_threads": warpgroups, "thread_name": "warpgroup"}
     plgpu.kernel(
         kernel,
         out_type=(),
-        scratch_types=entries.scratch(form, size),
+        scratch_types=entries.scratch(form, size) | sharing,
+        **threads,
         grid=(batch,) if few else (batch, blocks),
         grid_names=("sequence",) if few else ("sequence", "block"),
     )(split(kv), split(gate), start, count, split(ape), norm_weight.reshape(size), turn.reshape(size), *rings, *outs)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -39,6 +40,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, swizzled
+from pallas_kernels.grouped_matmul import rows_sm90
 from pallas_kernels.grouped_matmul.tiling import SCALED, Mxfp4Rows
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
@@ -63,33 +65,48 @@ def expert_rows(
 ) -> jax.Array:
     """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
 
-    x_scale [K/128, M] (tokens last): uint8 (UE8M0) or float32. weights: pairs of packed codes uint8 [E, N, K/2], low
-    nibble first, and UE8M0 scales uint8 [E, N, K/32]; row blocks that are not real are not written. factors float32
-    [M]: for the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows]
-    of its tokens (None without). K is a multiple of 512, N of 64 x warpgroups, rows of 8.
+    x, x_scale: of all blocks or of the one that they share, as rows_sm90 arranges them. weights: pairs of packed codes
+    uint8 [E, N, K/2], low nibble first, and UE8M0 scales uint8 [E, N, K/32]; row blocks that are not real are not
+    written. factors float32 [M], or [M / rows] of whole blocks: for the epilogue, which gets the float32 sums
+    [64, rows] of each weight (tokens last) and the factors [rows] of its tokens (None without). K is a multiple of 512,
+    N of the rows of a tile, rows of 8.
     """
-    (m, k), n = x.shape, weights[0][0].shape[-2]
-    stages, warpgroups, depth = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK
-    rows_each, count = WGMMA_ROWS * warpgroups, len(weights)
+    k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
+    stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
+    rows_each, count, cluster = tiling.rows, len(weights), tiling.cluster
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
-    assert (m % rows, rows % 8, n % rows_each, k % SCALED) == (0, 0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
-    behind = 1 if rows * count <= AHEAD else 0
+    assert (rows % 8, n % (rows_each * cluster), k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
+    slabs = [(j, p) for j in range(count) for p in range(parts)]  # 64 rows of a weight each, of one consumer
+    behind = 1 if rows * len(slabs) <= AHEAD else 0
     transposed = jnp.dtype(out_dtype).itemsize != 2  # of registers, only halves are transposed on their way out
-    scales_of_tokens = by_row_block(x_scale, rows)
+    of_blocks = factors is not None and len(factors) < m
+    neighbours: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
         x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
         y_smem, filled, free, staged_smem = (scratch[name] for name in ("y", "filled", "free", "staged"))
         warpgroup = lax.axis_index("warpgroup")
-        loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
+        loop = {"grid": (count_gmem[0], tiles // cluster), "collective_axes": "sm", "init_carry": jnp.int32(0)}
+
+        def tile_of(info: plgpu.NDLoopInfo) -> tuple[jax.Array, jax.Array]:
+            block, tile = info.index
+            return block, tile if cluster == 1 else tile * cluster + lax.axis_index("block")
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
+            # The interpreter has no copies to all thread blocks of a cluster; there each copies the whole.
+            shared = "block" if cluster > 1 and not is_interpreted() else None
+
             def copy(info, i, slot):
-                block, tile = info.index
+                block, tile = tile_of(info)
                 expert, rows_gmem = expert_gmem[block], pl.ds(tile * rows_each, rows_each)
-                copied = [(x_gmem.at[pl.ds(block * rows, rows), pl.ds(i * depth, depth)], x_smem.at[slot])]
-                copied += [(x_scale_gmem.at[block, pl.ds(i * tiling.blocks, tiling.blocks)], x_scale_smem.at[slot])]
+                of_x = 0 if len(x) < m else block
+                tokens, columns = pl.ds(of_x * rows, rows), pl.ds(i * depth, depth)
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot], collective_axes=shared
+                )
+                copied = [(x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)], x_scale_smem.at[slot])]
                 packed = pl.ds(i * (depth // 2), depth // 2)
                 around = pl.ds(lax.div(i * depth, SCALED) * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
                 for gmems, smem, columns in ((w_gmems, w_smem, packed), (w_scale_gmems, w_scale_smem, around)):
@@ -102,28 +119,57 @@ def expert_rows(
         @pl.when(warpgroup < warpgroups)
         def consume():
             plgpu.set_max_registers(tiling.registers, action="increase")
-            rows_smem = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
-            tables_smem = [scratch["tables"].at[warpgroup, j] for j in range(count)]
+            rows_smem = [pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
+            tables_smem = [scratch["tables"].at[warpgroup, at] for at in range(len(slabs))]
             staged = None if staged_smem is None else staged_smem.at[warpgroup]
             # K blocks of a stage by line and weight, so that a line of packed codes is loaded once and x is near.
             order = [
-                (j, b)
+                (at, b)
                 for first in range(0, tiling.blocks, line // BLOCK)
-                for j in range(count)
+                for at in range(len(slabs))
                 for b in range(first, first + line // BLOCK)
             ]
 
-            def multiply(slot, first_block, sums, *accumulators):
-                """Adds to the sums of each weight its products with a stage of x, by the tables that are there."""
+            if tiling.in_turn:
+                pl.when(warpgroup == warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
+
+            def look_up(slot, first_block, at, b):
+                (j, p), of_line = slabs[at], b % (line // BLOCK)
+                columns = pl.ds(b * BLOCK // 2 - of_line * BLOCK // 2, line // 2)
+                packed = e2m1.load_packed(w_smem.at[slot, j, rows_smem[p], columns])
+                tables, scales = e2m1.load_tables(tables_smem[at], first_block + b)
+                return e2m1.look_up(packed, of_line, tables), scales
+
+            def one_by_one(slot, first_block, sums, in_turn):
+                sums = list(sums)
+                for at, b in order:
+                    codes, scales = look_up(slot, first_block, at, b)
+                    columns = x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
+
+                    def product(accumulator, codes=codes, columns=columns):
+                        e2m1.multiply(accumulator, codes, columns, staged)
+                        if in_turn:
+                            plgpu.barrier_arrive(scratch["turn"].at[lax.rem(warpgroup + 1, warpgroups)])
+                        return wgmma_accumulator_load(accumulator, wait_n=0)
+
+                    if in_turn:
+                        plgpu.barrier_wait(scratch["turn"].at[warpgroup])
+                    found = pl.run_scoped(product, plgpu.ACC((WGMMA_ROWS, rows), jnp.float32))
+                    of_tokens = plgpu.load(x_scale_smem.at[slot, b, pl.ds(0, rows)], layout=TOKENS)
+                    sums[at] = sums[at] + found * e2m1.scale_product(scales, of_tokens)
+                return tuple(sums)
+
+            def multiply(slot, first_block, group, sums, *accumulators):
+                """Adds to the sums of each slab its products with a stage of x, by the tables that are there."""
                 sums, packed, scales = list(sums), {}, {}
 
-                def look_up(j, b):
-                    of_line = b % (line // BLOCK)
+                def look_up(at, b):
+                    (j, p), of_line = slabs[at], b % (line // BLOCK)
                     if of_line == 0:
                         columns = pl.ds(b * BLOCK // 2, line // 2)
-                        packed[j] = e2m1.load_packed(w_smem.at[slot, j, rows_smem, columns])
-                    tables, scales[j, b] = e2m1.load_tables(tables_smem[j], first_block + b)
-                    return e2m1.look_up(packed[j], of_line, tables)
+                        packed[at] = e2m1.load_packed(w_smem.at[slot, j, rows_smem[p], columns])
+                    tables, scales[at, b] = e2m1.load_tables(tables_smem[at], first_block + b)
+                    return e2m1.look_up(packed[at], of_line, tables)
 
                 codes = look_up(*order[0])
                 for at in range(len(order) + behind):
@@ -133,15 +179,15 @@ def expert_rows(
                     if at + 1 < len(order):
                         codes = look_up(*order[at + 1])
                     if (done := at - behind) >= 0:
-                        j, b = order[done]
+                        of, b = order[done]
                         product = wgmma_accumulator_load(accumulators[done], wait_n=min(behind, len(order) - 1 - done))
                         of_tokens = plgpu.load(x_scale_smem.at[slot, b, pl.ds(0, rows)], layout=TOKENS)
-                        sums[j] = sums[j] + product * e2m1.scale_product(scales[j, b], of_tokens)
+                        sums[of] = sums[of] + product * e2m1.scale_product(scales[of, b], of_tokens)
                 return tuple(sums)
 
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
-                block, tile = info.index
+                block, tile = tile_of(info)
                 tokens = pl.ds(block * rows, rows)
 
                 def step(i, state):
@@ -149,11 +195,11 @@ def expert_rows(
                     beyond, sums = state
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
-                    scales_smem = [w_scale_smem.at[slot, j, rows_smem] for j in range(count)]
+                    scales_smem = [w_scale_smem.at[slot, j, rows_smem[p]] for j, p in slabs]
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
                     beyond = lax.cond(inside == 0, lambda: e2m1.any_beyond(scales_smem), lambda: beyond)
 
-                    def one_pass(group, sums):
+                    def one_pass(group, sums, in_turn=False):
                         @pl.when((inside == 0) & (beyond == 0))
                         def _folded():
                             for tables, scales in zip(tables_smem, scales_smem, strict=True):
@@ -164,70 +210,73 @@ def expert_rows(
                             for tables, scales in zip(tables_smem, scales_smem, strict=True):
                                 e2m1.store_tables_of_one(tables, scales, group)
 
+                        if tiling.serial:
+                            return one_by_one(slot, inside * tiling.blocks, sums, in_turn)
                         # The last to be made is written zeros, the others are not: it is a small one, and unused.
                         shapes = [(WGMMA_ROWS, rows)] * len(order) + [(WGMMA_ROWS, 8)]
                         fresh = [plgpu.ACC(shape, jnp.float32) for shape in shapes]
-                        return pl.run_scoped(functools.partial(multiply, slot, inside * tiling.blocks, sums), *fresh)
+                        return pl.run_scoped(functools.partial(multiply, slot, inside * tiling.blocks, group, sums), *fresh)
 
-                    sums = lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
+                    first = 0
+                    if tiling.in_turn:
+                        sums, first = one_pass(0, sums, True), 1
+                    sums = lax.fori_loop(first, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
                     plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
                     plgpu.barrier_arrive(free.at[slot])
                     return beyond, sums
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * count))
+                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * len(slabs)))
                 of_rows = None
-                if factors_gmem is not None:
+                if of_blocks:
+                    of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
+                elif factors_gmem is not None:
                     of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
-                y = epilogue(*(total * e2m1.UNIT for total in sums), of_rows).astype(out_dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                columns = pl.ds(tile * rows_each + warpgroup * WGMMA_ROWS, WGMMA_ROWS)
-                if transposed:
-                    y_smem[warpgroup] = y
-                    target = y_gmem.at[columns, tokens]
-                else:
-                    y_smem.at[warpgroup].T[...] = y
-                    target = y_gmem.at[tokens, columns]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], target)
+                for p in range(parts):
+                    y = epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows).astype(out_dtype)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    columns = pl.ds(tile * rows_each + (warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
+                    if transposed:
+                        y_smem[warpgroup] = y
+                        target = y_gmem.at[columns, tokens]
+                    else:
+                        y_smem.at[warpgroup].T[...] = y
+                        target = y_gmem.at[tokens, columns]
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], target)
                 return carry + steps
 
+            if tiling.in_turn:
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     halves = plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line // 2)
     staged = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
+    free: Any = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+    if cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=warpgroups, num_barriers=stages)
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((n, m) if transposed else (m, n), out_dtype),
-        grid=(min(sm_count(), tiles * (m // rows)),),
+        grid=(min(sm_count(), tiles * (m // rows)) // cluster,),
         grid_names=("sm",),
+        **neighbours,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types={
             "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
-            "x_scale": plgpu.SMEM((stages, tiling.blocks, scales_of_tokens.shape[-1]), scales_of_tokens.dtype),
+            "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
             "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
             "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
             "y": plgpu.SMEM((warpgroups, *((WGMMA_ROWS, rows) if transposed else (rows, WGMMA_ROWS))), out_dtype),
-            "tables": plgpu.SMEM((warpgroups, count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
+            "tables": plgpu.SMEM((warpgroups, len(slabs), WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
             "staged": staged if is_interpreted() else None,
             "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
-            "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            "free": free,
+            **({"turn": plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups)} if tiling.in_turn else {}),
         },
     )(
-        e2m1.first_and_second_halves(x), scales_of_tokens, [w for w, _ in weights], [scale for _, scale in weights],
-        *row_blocks, factors,
+        x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], *row_blocks, factors,
     )  # fmt: skip
     return y.T if transposed else y
 
-
-def by_row_block(x_scale: jax.Array, rows: int) -> jax.Array:
-    """Scales [K/128, M] as float32, or as the int32 bits of it, [M/rows, K/128, rows]: the last up to whole 32.
-
-    A copy then starts at 128 bytes whichever K block it starts with.
-    """
-    if x_scale.dtype == jnp.uint8:
-        x_scale = e2m1.scale_bits(x_scale.astype(jnp.int32))
-    blocks, tokens = x_scale.shape
-    apart = jnp.swapaxes(x_scale.reshape(blocks, tokens // rows, rows), 0, 1)
-    return jnp.pad(apart, ((0, 0), (0, 0), (0, -rows % 32)))

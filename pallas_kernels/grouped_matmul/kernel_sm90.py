@@ -9,6 +9,7 @@ the order of the token's experts.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ from pallas_kernels.block_matmul.decode_sm90 import few_rows
 from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
+from pallas_kernels.grouped_matmul.combine_sm90 import combine
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.gather_sm90 import gather
-from pallas_kernels.grouped_matmul.layer import summed
+from pallas_kernels.grouped_matmul.rows_sm90 import quantized_rows
 from pallas_kernels.grouped_matmul.tiling import Mxfp4Rows
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import QuantTensor
@@ -63,16 +65,6 @@ def experts(
     tile_m of a ManyRows tiling. limit: of the SwiGLU clamp, 0 for none. activations: E4M3 in 1x128 groups, with scales
     of the type of FP8 weights' ones.
     """
-    blocks = lay_out(routing, rows)
-    many = len(blocks.token) >= GATHERED
-    # Row N is padding: zeros, whose products are zeros.
-    codes = quantize_rows(x, activations, padded_rows=None if many else len(x) + 1)
-    scale = scale_bytes(codes.scale)
-    if many:
-        gathered = gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
-    else:
-        gathered = codes.values[blocks.token], scale[blocks.token]
-
     def activate(gate, up, factor):
         if limit:
             gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -80,10 +72,37 @@ def experts(
         hidden = gate / (1 + jnp.exp(-gate)) * up
         return hidden * jax.lax.broadcast_in_dim(factor, hidden.shape, across)
 
-    hidden = _multiply(*gathered, (w1, w3), gate_up, rows, x.dtype, blocks, epilogue=activate)
-    again = quantize_rows(hidden, activations, tokens_last=not isinstance(down, ManyRows))
-    out = _multiply(again.values, scale_bytes(again.scale), (w2,), down, rows, x.dtype, blocks)
-    return summed(out[blocks.place]).astype(x.dtype)
+    blocks = lay_out(routing, rows)
+    multiply = functools.partial(_multiply, blocks=blocks, rows=rows, out_dtype=x.dtype)
+    if isinstance(gate_up, Mxfp4Rows):
+        assert isinstance(down, Mxfp4Rows)
+        if len(x) == 1:  # a block has one factor
+            multiply.keywords["blocks"] = blocks._replace(factors=routing.weights[0].astype(jnp.float32))
+        codes = _quantized(x, blocks, activations, rows, gathered=True)
+        hidden = multiply(*codes, (w1, w3), gate_up, epilogue=activate)
+        out = multiply(*_quantized(hidden, blocks, activations, rows, gathered=False), (w2,), down)
+    else:
+        hidden = multiply(*_gathered(x, blocks, activations), (w1, w3), gate_up, epilogue=activate)
+        again = quantize_rows(hidden, activations, tokens_last=not isinstance(down, ManyRows))
+        out = multiply(again.values, scale_bytes(again.scale), (w2,), down)
+    return combine(out, blocks.place)
+
+
+def _gathered(x: jax.Array, blocks: Blocks, form: QuantFormat) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of tokens where their blocks are. Row N is padding: zeros, whose products are zeros."""
+    many = len(blocks.token) >= GATHERED
+    codes = quantize_rows(x, form, padded_rows=None if many else len(x) + 1)
+    scale = scale_bytes(codes.scale)
+    if many:
+        return gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
+    return codes.values[blocks.token], scale[blocks.token]
+
+
+def _quantized(x: jax.Array, blocks: Blocks, form: QuantFormat, rows: int, *, gathered: bool):
+    """For the MXFP4 kernel, of tokens x [N, D] or hidden rows x [P, I]; of one token, all blocks have the same rows."""
+    tokens = len(blocks.place)
+    token = blocks.token[:rows] if gathered and tokens == 1 else blocks.token
+    return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered)
 
 
 def lay_out(routing: Routing, rows: int) -> Blocks:
@@ -136,13 +155,13 @@ def _inverse(order: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(order[None] == at[:, None], at[None], 0), axis=1)
 
 
-def _multiply(values, scale, weights, tiling, rows, out_dtype, blocks: Blocks, epilogue=None) -> jax.Array:
+def _multiply(values, scale, weights, tiling, *, blocks: Blocks, rows: int, out_dtype, epilogue=None) -> jax.Array:
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}
     if epilogue is not None:
         how |= {"epilogue": epilogue, "factors": blocks.factors}
     if isinstance(tiling, Mxfp4Rows):
-        return expert_rows(values, scale.T, pairs, tiling, rows=rows, **how)
+        return expert_rows(values, scale, pairs, tiling, rows=rows, **how)
     if isinstance(tiling, FewRows):
         return few_rows(values, scale.T, pairs, tiling, rows=rows, **how)
     assert tiling.tile_m == rows, f"a block of {rows} rows is a tile of {tiling}"

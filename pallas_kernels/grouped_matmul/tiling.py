@@ -18,17 +18,29 @@ MOST_STAGES, MOST_WARPGROUPS = 8, 4
 
 @dataclass(frozen=True)
 class Mxfp4Rows:
-    """Of fp4_sm90: K blocks a stage, buffers, and consumers of 64 weight rows each."""
+    """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each.
+
+    in_turn: consumers issue products alternately. cluster: thread blocks that share the rows of x.
+    """
 
     blocks: int = 4
     stages: int = 4
     warpgroups: int = 2
+    parts: int = 1
+    in_turn: bool = False
+    cluster: int = 1
+    serial: bool = False
 
     def __post_init__(self) -> None:
         if self.blocks not in STAGE_BLOCKS:
             raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
         if self.warpgroups > MOST_WARPGROUPS:
             raise ValueError(f"{self}: at most {MOST_WARPGROUPS} consumers have registers enough")
+
+    @property
+    def rows(self) -> int:
+        """Of every weight, in a tile."""
+        return WGMMA_ROWS * self.warpgroups * self.parts
 
     @property
     def registers(self) -> int:
@@ -39,7 +51,7 @@ class Mxfp4Rows:
 
 def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str | None:
     """Why fp4_sm90 cannot cut the problem so, with results of `itemsize` bytes; None if it can."""
-    each = WGMMA_ROWS * tiling.warpgroups
+    each = tiling.rows * tiling.cluster
     if problem.n % each or problem.k % SCALED:
         return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED}]"
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
@@ -63,8 +75,8 @@ def default_mxfp4(
 
 
 def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
-    each, depth = WGMMA_ROWS * tiling.warpgroups, tiling.blocks * BLOCK
+    each, depth = tiling.rows, tiling.blocks * BLOCK
     of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
-    written = problem.rows * each * itemsize
+    written = problem.rows * WGMMA_ROWS * tiling.warpgroups * itemsize
     return tiling.stages * (of_weights + of_rows) + written + each * problem.weights * TABLE_BYTES

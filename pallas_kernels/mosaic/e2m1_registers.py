@@ -57,6 +57,25 @@ def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
     return llvm.inline_asm(_word(), [low, high, order], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
 
+def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
+    starts = codes.layout.thread_idxs(codes.shape)
+    for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
+        words = ir.VectorType(register.type).shape[0] // WORD
+        values = vector.bitcast(_words(words), register)
+        row, first = _at((group, BLOCK)), arith.index_cast(_word(), column)
+        for i in range(words):
+            # Word w of the eight of a group of 32 columns becomes word w / 2, in the second half if w is odd.
+            word = arith.addi(arith.shrui(first, _constant(2)), _constant(i))
+            inside = arith.addi(arith.shrui(_masked(word, 7), _constant(1)), arith.shli(_masked(word, 1), _constant(2)))
+            byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(inside, _constant(2)))
+            one = vector.broadcast(_words(1), vector.extract(values, [], [i]))
+            llvm.store(one, _address(codes_gmem, arith.addi(row, byte)), alignment=WORD)
+
+
+def _masked(word: ir.Value, bits: int) -> ir.Value:
+    return arith.andi(word, utils.c(bits, _word()))
+
+
 def any_beyond(_ctx: Any, spreads: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
     widest, *others = (vector.extract(register, [], [0]) for register in spreads.registers.flat)
     for other in others:

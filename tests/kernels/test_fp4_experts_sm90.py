@@ -15,6 +15,7 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import experts, tilings
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
+from pallas_kernels.grouped_matmul.rows_sm90 import arranged, scales_shape
 from pallas_kernels.grouped_matmul.tiling import INVARIANT_BLOCKS, Mxfp4Rows, default_mxfp4, mxfp4_reason
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic import interpreted
@@ -50,7 +51,7 @@ def of_one_expert(x, x_scale, w, w_scale, tiling, rows=None, out_dtype=jnp.float
     """y [M, N] of x [M, K] and one weight [N, K]."""
     rows = rows or len(x)
     how = {"rows": rows, "out_dtype": out_dtype, "row_blocks": row_blocks([0] * (len(x) // rows))}
-    return expert_rows(x, x_scale, [(w[None], w_scale[None])], tiling, **how)
+    return expert_rows(*arranged(x, x_scale.T, rows), [(w[None], w_scale[None])], tiling, **how)
 
 
 def check(y, want, out_dtype=jnp.bfloat16):
@@ -72,7 +73,10 @@ def gated(gate, up, factor):
     [  # buffers are used again: within a tile, and from tile to tile
         (8, 1024, Mxfp4Rows(4, 1, 1), NEAR),
         (16, 512, Mxfp4Rows(2, 3, 1), FAR),
-        (72, 512, Mxfp4Rows(1, 3, 2), NEAR),
+        (72, 512, Mxfp4Rows(1, 3, 2, in_turn=True), NEAR),
+        (8, 512, Mxfp4Rows(2, 2, 2, in_turn=True), FAR),
+        (16, 512, Mxfp4Rows(2, 2, 1, cluster=2), NEAR),
+        (8, 512, Mxfp4Rows(2, 2, 1, parts=2), NEAR),
     ],
 )
 def test_two_weights_of_experts(rows, k, tiling, spread):
@@ -89,7 +93,7 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     values = jnp.where(padding[:, None], jnp.nan, x.values.astype(jnp.float32)).astype(x.values.dtype)
     with interpreted():
         y = expert_rows(
-            values, scale_bytes(x.scale).T, [stored(gate), stored(up)], tiling, rows=rows, out_dtype=jnp.bfloat16,
+            *arranged(values, scale_bytes(x.scale), rows), [stored(gate), stored(up)], tiling, rows=rows, out_dtype=jnp.bfloat16,
             row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
         )  # fmt: skip
         y = np.asarray(y, np.float64)
@@ -188,10 +192,11 @@ def layer(x, routing, activations):
 @pytest.mark.parametrize(
     ("chosen", "activations", "dtype"),
     [
+        ([[3, 1]], FP8_GROUP, jnp.bfloat16),
         ([[0, 2], [2, 0]], FLOAT_GROUP, jnp.bfloat16),
         ([[3]] * 40, FP8_GROUP, jnp.float32),
     ],
-    ids=["empty experts", "all rows to one expert"],
+    ids=["one token", "empty experts", "all rows to one expert"],
 )
 def test_layers_of_experts(chosen, activations, dtype):
     """Gather, gate and up, SwiGLU, re-quantise, down and combine, all weights packed."""
@@ -251,6 +256,6 @@ def test_lowers_for_a_gpu(rows, count):
             factors=factors, epilogue=gated if count == 2 else lambda sums, factors: sums,
         )  # fmt: skip
 
-    x, x_scale = shape((m, k), jnp.float8_e4m3fn), shape((k // 128, m), jnp.uint8)
+    x, x_scale = shape((m, k), jnp.float8_e4m3fn), shape(scales_shape(m, rows, k), jnp.int32)
     blocks = shape((total,), jnp.int32), shape((1,), jnp.int32), shape((m,), jnp.float32)
     jax.jit(run).trace(x, x_scale, [pair] * count, *blocks).lower(lowering_platforms=("cuda",))

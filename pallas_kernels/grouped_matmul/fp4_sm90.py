@@ -26,7 +26,6 @@ wgmma takes 224 cycles for them, and a scheduler has two such warps. Not yet mea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,21 +34,20 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
-from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, swizzled
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, produce, swizzled
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
+from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
+from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
 from pallas_kernels.grouped_matmul.tiling import SCALED, Mxfp4Rows
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 
-LINE = 256  # columns in the 128 bytes of a swizzled row of packed weights, at most
-TOKENS = COLUMNS  # the layout of a vector with one element a token
-AHEAD = 64  # rows of all weights up to which a product is issued before the last is added: registers hold both
-
+AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 
 def expert_rows(
     x: jax.Array,
@@ -58,18 +56,18 @@ def expert_rows(
     tiling: Mxfp4Rows,
     *,
     rows: int,
-    out_dtype: DTypeLike,
+    out_dtype: DTypeLike | QuantFormat,
     row_blocks: RowBlocks,
     factors: jax.Array | None = None,
     epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
-) -> jax.Array:
+) -> Any:
     """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
 
-    x, x_scale: of all blocks or of the one that they share, as rows_sm90 arranges them. weights: pairs of packed codes
-    uint8 [E, N, K/2], low nibble first, and UE8M0 scales uint8 [E, N, K/32]; row blocks that are not real are not
-    written. factors float32 [M], or [M / rows] of whole blocks: for the epilogue, which gets the float32 sums
-    [64, rows] of each weight (tokens last) and the factors [rows] of its tokens (None without). K is a multiple of 512,
-    N of the rows of a tile, rows of 8.
+    x, x_scale: of all blocks or of the one that they share, as rows_sm90 arranges them; a QuantFormat for out_dtype
+    asks for results in the same form. weights: pairs of packed codes uint8 [E, N, K/2], low nibble first, and UE8M0
+    scales uint8 [E, N, K/32]; row blocks that are not real are not written. factors float32 [M], or [M / rows] of whole
+    blocks: for the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows]
+    of its tokens (None without). K is a multiple of 512, N of the rows of a tile, rows of 8.
     """
     k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
     stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
@@ -77,15 +75,12 @@ def expert_rows(
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
     assert (rows % 8, n % (rows_each * cluster), k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
-    slabs = [(j, p) for j in range(count) for p in range(parts)]  # 64 rows of a weight each, of one consumer
-    behind = 1 if rows * len(slabs) <= AHEAD else 0
-    transposed = jnp.dtype(out_dtype).itemsize != 2  # of registers, only halves are transposed on their way out
+    results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, warpgroups, parts, out_dtype)
     of_blocks = factors is not None and len(factors) < m
-    neighbours: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("block",)} if cluster > 1 else {}
 
-    def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
+    def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
         x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
-        y_smem, filled, free, staged_smem = (scratch[name] for name in ("y", "filled", "free", "staged"))
+        filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (count_gmem[0], tiles // cluster), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
@@ -95,13 +90,14 @@ def expert_rows(
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
-            # The interpreter has no copies to all thread blocks of a cluster; there each copies the whole.
+            # Thread blocks of a cluster share x: each copies a part to all of them. (The interpreter has no such
+            # copies; there each copies the whole.)
             shared = "block" if cluster > 1 and not is_interpreted() else None
 
             def copy(info, i, slot):
                 block, tile = tile_of(info)
                 expert, rows_gmem = expert_gmem[block], pl.ds(tile * rows_each, rows_each)
-                of_x = 0 if len(x) < m else block
+                of_x = block if len(x) == m else 0
                 tokens, columns = pl.ds(of_x * rows, rows), pl.ds(i * depth, depth)
                 plgpu.copy_gmem_to_smem(
                     x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot], collective_axes=shared
@@ -116,109 +112,42 @@ def expert_rows(
 
             produce(loop, steps, stages, free, copy)
 
+        def slab_of(j: int, p: int) -> Slab:
+            held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
+            tables = scratch["tables"].at[warpgroup, j * parts + p]
+            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables)
+
         @pl.when(warpgroup < warpgroups)
         def consume():
             plgpu.set_max_registers(tiling.registers, action="increase")
-            rows_smem = [pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
-            tables_smem = [scratch["tables"].at[warpgroup, at] for at in range(len(slabs))]
-            staged = None if staged_smem is None else staged_smem.at[warpgroup]
-            # K blocks of a stage by line and weight, so that a line of packed codes is loaded once and x is near.
-            order = [
-                (at, b)
-                for first in range(0, tiling.blocks, line // BLOCK)
-                for at in range(len(slabs))
-                for b in range(first, first + line // BLOCK)
-            ]
-
+            slabs = [slab_of(j, p) for j in range(count) for p in range(parts)]
+            staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
+            products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
             if tiling.in_turn:
-                pl.when(warpgroup == warpgroups - 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
-
-            def look_up(slot, first_block, at, b):
-                (j, p), of_line = slabs[at], b % (line // BLOCK)
-                columns = pl.ds(b * BLOCK // 2 - of_line * BLOCK // 2, line // 2)
-                packed = e2m1.load_packed(w_smem.at[slot, j, rows_smem[p], columns])
-                tables, scales = e2m1.load_tables(tables_smem[at], first_block + b)
-                return e2m1.look_up(packed, of_line, tables), scales
-
-            def one_by_one(slot, first_block, sums, in_turn):
-                sums = list(sums)
-                for at, b in order:
-                    codes, scales = look_up(slot, first_block, at, b)
-                    columns = x_smem.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
-
-                    def product(accumulator, codes=codes, columns=columns):
-                        e2m1.multiply(accumulator, codes, columns, staged)
-                        if in_turn:
-                            plgpu.barrier_arrive(scratch["turn"].at[lax.rem(warpgroup + 1, warpgroups)])
-                        return wgmma_accumulator_load(accumulator, wait_n=0)
-
-                    if in_turn:
-                        plgpu.barrier_wait(scratch["turn"].at[warpgroup])
-                    found = pl.run_scoped(product, plgpu.ACC((WGMMA_ROWS, rows), jnp.float32))
-                    of_tokens = plgpu.load(x_scale_smem.at[slot, b, pl.ds(0, rows)], layout=TOKENS)
-                    sums[at] = sums[at] + found * e2m1.scale_product(scales, of_tokens)
-                return tuple(sums)
-
-            def multiply(slot, first_block, group, sums, *accumulators):
-                """Adds to the sums of each slab its products with a stage of x, by the tables that are there."""
-                sums, packed, scales = list(sums), {}, {}
-
-                def look_up(at, b):
-                    (j, p), of_line = slabs[at], b % (line // BLOCK)
-                    if of_line == 0:
-                        columns = pl.ds(b * BLOCK // 2, line // 2)
-                        packed[at] = e2m1.load_packed(w_smem.at[slot, j, rows_smem[p], columns])
-                    tables, scales[at, b] = e2m1.load_tables(tables_smem[at], first_block + b)
-                    return e2m1.look_up(packed[at], of_line, tables)
-
-                codes = look_up(*order[0])
-                for at in range(len(order) + behind):
-                    if at < len(order):
-                        columns = x_smem.at[slot, :, pl.ds(order[at][1] * BLOCK, BLOCK)].T
-                        e2m1.multiply(accumulators[at], codes, columns, staged)
-                    if at + 1 < len(order):
-                        codes = look_up(*order[at + 1])
-                    if (done := at - behind) >= 0:
-                        of, b = order[done]
-                        product = wgmma_accumulator_load(accumulators[done], wait_n=min(behind, len(order) - 1 - done))
-                        of_tokens = plgpu.load(x_scale_smem.at[slot, b, pl.ds(0, rows)], layout=TOKENS)
-                        sums[of] = sums[of] + product * e2m1.scale_product(scales[of, b], of_tokens)
-                return tuple(sums)
+                turns, following = scratch["turn"], lax.rem(warpgroup + 1, warpgroups)
+                products = products._replace(turn=turns.at[warpgroup], next_turn=turns.at[following])
+                pl.when(warpgroup == warpgroups - 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
 
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 block, tile = tile_of(info)
-                tokens = pl.ds(block * rows, rows)
 
                 def step(i, state):
                     """beyond: whether scales of these 512 columns are too far apart for one pass."""
                     beyond, sums = state
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
-                    scales_smem = [w_scale_smem.at[slot, j, rows_smem[p]] for j, p in slabs]
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
-                    beyond = lax.cond(inside == 0, lambda: e2m1.any_beyond(scales_smem), lambda: beyond)
+                    beyond = lax.cond(inside == 0, lambda: products.any_beyond(slot), lambda: beyond)
 
                     def one_pass(group, sums, in_turn=False):
-                        @pl.when((inside == 0) & (beyond == 0))
-                        def _folded():
-                            for tables, scales in zip(tables_smem, scales_smem, strict=True):
-                                e2m1.store_folded_tables(tables, scales)
-
-                        @pl.when(beyond != 0)
-                        def _of_one():
-                            for tables, scales in zip(tables_smem, scales_smem, strict=True):
-                                e2m1.store_tables_of_one(tables, scales, group)
-
-                        if tiling.serial:
-                            return one_by_one(slot, inside * tiling.blocks, sums, in_turn)
-                        # The last to be made is written zeros, the others are not: it is a small one, and unused.
-                        shapes = [(WGMMA_ROWS, rows)] * len(order) + [(WGMMA_ROWS, 8)]
-                        fresh = [plgpu.ACC(shape, jnp.float32) for shape in shapes]
-                        return pl.run_scoped(functools.partial(multiply, slot, inside * tiling.blocks, group, sums), *fresh)
+                        products.make_tables(slot, group, beyond, inside == 0)
+                        if rows * len(slabs) <= AHEAD:
+                            return products.ahead(slot, inside * tiling.blocks, sums)
+                        return products.one_by_one(slot, inside * tiling.blocks, sums, in_turn)
 
                     first = 0
-                    if tiling.in_turn:
+                    if tiling.in_turn:  # the others would take their turns without this one
                         sums, first = one_pass(0, sums, True), 1
                     sums = lax.fori_loop(first, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
                     plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
@@ -231,52 +160,45 @@ def expert_rows(
                 if of_blocks:
                     of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
                 elif factors_gmem is not None:
+                    tokens = pl.ds(block * rows, rows)
                     of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
-                for p in range(parts):
-                    y = epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows).astype(out_dtype)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    columns = pl.ds(tile * rows_each + (warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
-                    if transposed:
-                        y_smem[warpgroup] = y
-                        target = y_gmem.at[columns, tokens]
-                    else:
-                        y_smem.at[warpgroup].T[...] = y
-                        target = y_gmem.at[tokens, columns]
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], target)
+                of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
+                results.write(of_parts, block, tile, warpgroup, outs, scratch)
                 return carry + steps
 
             if tiling.in_turn:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            results.finish()
 
     halves = plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line // 2)
-    staged = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
-    free: Any = plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages)
+    scratch_types: dict[str, Any] = {
+        "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
+        "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
+        "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
+        "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
+        "tables": plgpu.SMEM((warpgroups, parts * count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
+        "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        **results.scratch(),
+    }
+    neighbours: dict[str, Any] = {}
     if cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=warpgroups, num_barriers=stages)
-    y = plgpu.kernel(
+        neighbours = {"cluster": (cluster,), "cluster_names": ("block",)}
+        scratch_types["free"] = plgpu.ClusterBarrier(
+            collective_axes=("block",), num_arrivals=warpgroups, num_barriers=stages
+        )
+    if tiling.in_turn:
+        scratch_types["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups)
+    if is_interpreted():
+        scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
+    outs = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((n, m) if transposed else (m, n), out_dtype),
+        out_type=results.outputs(),
         grid=(min(sm_count(), tiles * (m // rows)) // cluster,),
         grid_names=("sm",),
         **neighbours,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types={
-            "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
-            "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
-            "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
-            "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
-            "y": plgpu.SMEM((warpgroups, *((WGMMA_ROWS, rows) if transposed else (rows, WGMMA_ROWS))), out_dtype),
-            "tables": plgpu.SMEM((warpgroups, len(slabs), WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
-            "staged": staged if is_interpreted() else None,
-            "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
-            "free": free,
-            **({"turn": plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups)} if tiling.in_turn else {}),
-        },
-    )(
-        x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], *row_blocks, factors,
-    )  # fmt: skip
-    return y.T if transposed else y
-
+        scratch_types=scratch_types,
+    )(x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], *row_blocks, factors)
+    return results.result(*outs)

@@ -79,8 +79,14 @@ def experts(
         if len(x) == 1:  # a block has one factor
             multiply.keywords["blocks"] = blocks._replace(factors=routing.weights[0].astype(jnp.float32))
         codes = _quantized(x, blocks, activations, rows, gathered=True)
-        hidden = multiply(*codes, (w1, w3), gate_up, epilogue=activate)
-        out = multiply(*_quantized(hidden, blocks, activations, rows, gathered=False), (w2,), down)
+        if x.dtype == jnp.bfloat16 and gate_up.rows % FP8_GROUP.tile[1] == 0:
+            multiply.keywords["out_dtype"] = activations
+            hidden = multiply(*codes, (w1, w3), gate_up, epilogue=activate)
+            multiply.keywords["out_dtype"] = x.dtype
+        else:
+            rounded = multiply(*codes, (w1, w3), gate_up, epilogue=activate)
+            hidden = _quantized(rounded, blocks, activations, rows, gathered=False)
+        out = multiply(*hidden, (w2,), down)
     else:
         hidden = multiply(*_gathered(x, blocks, activations), (w1, w3), gate_up, epilogue=activate)
         again = quantize_rows(hidden, activations, tokens_last=not isinstance(down, ManyRows))

@@ -43,7 +43,6 @@ def quantized_rows(
     tiling = default_tiling(count, count, groups_of_row, tokens_last=True, whole_rows=False, sms=sm_count())
     groups, layout = tiling.groups, registers(tiling.groups)
     chunks = groups_of_row // groups
-    bits = form.scale == "ue8m0"
 
     def kernel(x_gmem, token_gmem, codes_gmem, scale_gmem):
         @plgpu.nd_loop((count // rows, rows, chunks), collective_axes="sm")
@@ -59,14 +58,13 @@ def quantized_rows(
                 wide = plgpu.load(x_gmem.at[held], layout=layout, optimized=False).astype(jnp.float32)
                 codes, scale = quantized(wide, form, layout)
                 e2m1.store_halves(codes_gmem.at[pl.ds(place * groups_of_row + first, groups)], codes, layout)
-                scale = e2m1.scale_bits(scale.astype(jnp.int32)) if bits else scale
-                store_narrow(scale_gmem, (block, pl.ds(first, groups), row), scale)
+                store_narrow(scale_gmem, (block, pl.ds(first, groups), row), scale_words(scale, form))
 
     codes, scale = plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((count * groups_of_row, GROUP), form.values_dtype),
-            jax.ShapeDtypeStruct(scales_shape(count, rows, k), jnp.int32 if bits else jnp.float32),
+            scales_type(count, rows, k, form),
         ),
         grid=(min(count * chunks, tiling.per_sm * sm_count()),),
         grid_names=("sm",),
@@ -83,6 +81,15 @@ def arranged(x: jax.Array, x_scale: jax.Array, rows: int) -> tuple[jax.Array, ja
         x_scale = e2m1.scale_bits(x_scale.astype(jnp.int32))
     apart = jnp.swapaxes(x_scale.reshape(m // rows, rows, k // GROUP), 1, 2)
     return e2m1.first_and_second_halves(x), jnp.pad(apart, ((0, 0), (0, 0), (0, -rows % SCALES_APART)))
+
+
+def scale_words(scale: jax.Array, form: QuantFormat) -> jax.Array:
+    """Stored scales as they lie there."""
+    return e2m1.scale_bits(scale.astype(jnp.int32)) if form.scale == "ue8m0" else scale
+
+
+def scales_type(m: int, rows: int, k: int, form: QuantFormat) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(scales_shape(m, rows, k), jnp.int32 if form.scale == "ue8m0" else jnp.float32)
 
 
 def scales_shape(m: int, rows: int, k: int) -> tuple[int, int, int]:

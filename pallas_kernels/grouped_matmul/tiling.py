@@ -29,7 +29,6 @@ class Mxfp4Rows:
     parts: int = 1
     in_turn: bool = False
     cluster: int = 1
-    serial: bool = False
 
     def __post_init__(self) -> None:
         if self.blocks not in STAGE_BLOCKS:

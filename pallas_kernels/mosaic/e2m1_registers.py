@@ -58,11 +58,12 @@ def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
 
 
 def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
+    stride = ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
     starts = codes.layout.thread_idxs(codes.shape)
     for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
         words = ir.VectorType(register.type).shape[0] // WORD
         values = vector.bitcast(_words(words), register)
-        row, first = _at((group, BLOCK)), arith.index_cast(_word(), column)
+        row, first = _at((group, stride)), arith.index_cast(_word(), column)
         for i in range(words):
             # Word w of the eight of a group of 32 columns becomes word w / 2, in the second half if w is odd.
             word = arith.addi(arith.shrui(first, _constant(2)), _constant(i))

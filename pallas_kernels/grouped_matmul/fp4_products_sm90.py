@@ -27,10 +27,9 @@ Sums = tuple[jax.Array, ...]
 
 
 class Slab(NamedTuple):
-    """64 rows of one weight in memory of this consumer: packed codes by buffer, scales by buffer, and their tables."""
+    """64 rows of one weight that a consumer has in shared memory: packed codes by buffer, and the tables of 512 columns."""
 
     packed: Any
-    scales: Any
     tables: Any
 
 
@@ -57,21 +56,13 @@ class Products(NamedTuple):
             for b in range(first, first + line)
         ]
 
-    def make_tables(self, slot: Any, group: Any, beyond: Any, fresh: Any) -> None:
-        """Of 512 columns: of all groups where they are `fresh`, or where scales are too far apart of one group."""
+    def make_tables(self, words: Sequence[jax.Array]) -> None:
+        for slab, word in zip(self.slabs, words, strict=True):
+            e2m1.store_folded_tables(slab.tables, word)
 
-        @pl.when(fresh & (beyond == 0))
-        def _folded():
-            for slab in self.slabs:
-                e2m1.store_folded_tables(slab.tables, slab.scales.at[slot])
-
-        @pl.when(beyond != 0)
-        def _of_one():
-            for slab in self.slabs:
-                e2m1.store_tables_of_one(slab.tables, slab.scales.at[slot], group)
-
-    def any_beyond(self, slot: Any) -> jax.Array:
-        return e2m1.any_beyond([slab.scales.at[slot] for slab in self.slabs])
+    def make_tables_of_one(self, words: Sequence[jax.Array], group: Any) -> None:
+        for slab, word in zip(self.slabs, words, strict=True):
+            e2m1.store_tables_of_one(slab.tables, word, group)
 
     def look_up(self, slot: Any, first_block: Any, at: int, b: int, lines: dict[int, Any]) -> tuple[Any, Any]:
         """Codes of K block b of a slab, and the scales of its rows; `lines` keeps packed ones of neighbours."""

@@ -72,14 +72,14 @@ def expert_rows(
     k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
     stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
     rows_each, count, cluster = tiling.rows, len(weights), tiling.cluster
-    tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
+    tiles, steps, line, each = n // rows_each, k // depth, min(depth, LINE), SCALED // depth
     assert (rows % 8, n % (rows_each * cluster), k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
     results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, warpgroups, parts, out_dtype)
     of_blocks = factors is not None and len(factors) < m
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
-        x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
+        x_smem, x_scale_smem, w_smem = (scratch[name] for name in ("x", "x_scale", "w"))
         filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (count_gmem[0], tiles // cluster), "collective_axes": "sm", "init_carry": jnp.int32(0)}
@@ -102,20 +102,18 @@ def expert_rows(
                 plgpu.copy_gmem_to_smem(
                     x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot], collective_axes=shared
                 )
-                copied = [(x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)], x_scale_smem.at[slot])]
+                of_blocks = x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)]
+                plgpu.copy_gmem_to_smem(of_blocks, x_scale_smem.at[slot], filled.at[slot])
                 packed = pl.ds(i * (depth // 2), depth // 2)
-                around = pl.ds(lax.div(i * depth, SCALED) * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
-                for gmems, smem, columns in ((w_gmems, w_smem, packed), (w_scale_gmems, w_scale_smem, around)):
-                    copied += [(gmem.at[expert, rows_gmem, columns], smem.at[slot, j]) for j, gmem in enumerate(gmems)]
-                for source, target in copied:
-                    plgpu.copy_gmem_to_smem(source, target, filled.at[slot])
+                for j, gmem in enumerate(w_gmems):
+                    source = gmem.at[expert, rows_gmem, packed]
+                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
 
             produce(loop, steps, stages, free, copy)
 
         def slab_of(j: int, p: int) -> Slab:
             held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
-            tables = scratch["tables"].at[warpgroup, j * parts + p]
-            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables)
+            return Slab(w_smem.at[:, j, held], scratch["tables"].at[warpgroup, j * parts + p])
 
         @pl.when(warpgroup < warpgroups)
         def consume():
@@ -132,30 +130,42 @@ def expert_rows(
             def _tiles(info, carry):
                 block, tile = tile_of(info)
 
-                def step(i, state):
-                    """beyond: whether scales of these 512 columns are too far apart for one pass."""
-                    beyond, sums = state
-                    slot = lax.rem(carry + i, stages)
-                    plgpu.barrier_wait(filled.at[slot])
-                    inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
-                    beyond = lax.cond(inside == 0, lambda: products.any_beyond(slot), lambda: beyond)
+                def words_of(chunk: Any) -> tuple[jax.Array, ...]:
+                    columns = pl.ds(chunk * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
+                    first_row = tile * rows_each + warpgroup * (parts * WGMMA_ROWS)
+                    held = [pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
+                    scales_gmem = [gmem.at[expert_gmem[block]] for gmem in w_scale_gmems]
+                    return tuple(e2m1.load_words(gmem.at[held[p], columns]) for gmem in scales_gmem for p in range(parts))
 
-                    def one_pass(group, sums, in_turn=False):
-                        products.make_tables(slot, group, beyond, inside == 0)
-                        if rows * len(slabs) <= AHEAD:
-                            return products.ahead(slot, inside * tiling.blocks, sums)
-                        return products.one_by_one(slot, inside * tiling.blocks, sums, in_turn)
+                def chunk(c, state):
+                    """512 columns, with tables for all of them unless scales are too far apart for one pass."""
+                    words, sums = state
+                    following = words_of(jnp.minimum(c + 1, k // SCALED - 1))
+                    beyond = e2m1.any_beyond(words)
+                    pl.when(beyond == 0)(lambda: products.make_tables(words))
 
-                    first = 0
-                    if tiling.in_turn:  # the others would take their turns without this one
-                        sums, first = one_pass(0, sums, True), 1
-                    sums = lax.fori_loop(first, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
-                    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                    plgpu.barrier_arrive(free.at[slot])
-                    return beyond, sums
+                    def step(i, sums):
+                        slot = lax.rem(carry + c * each + i, stages)
+                        plgpu.barrier_wait(filled.at[slot])
+
+                        def one_pass(group, sums, in_turn=False):
+                            pl.when(beyond != 0)(lambda: products.make_tables_of_one(words, group))
+                            if rows * len(slabs) <= AHEAD:
+                                return products.ahead(slot, i * tiling.blocks, sums)
+                            return products.one_by_one(slot, i * tiling.blocks, sums, in_turn)
+
+                        first = 0
+                        if tiling.in_turn:  # the others would take their turns without this one
+                            sums, first = one_pass(0, sums, True), 1
+                        sums = lax.fori_loop(first, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
+                        plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                        plgpu.barrier_arrive(free.at[slot])
+                        return sums
+
+                    return following, (step(0, sums) if each == 1 else lax.fori_loop(0, each, step, sums))
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * len(slabs)))
+                _, sums = lax.fori_loop(0, k // SCALED, chunk, (words_of(0), (zero,) * len(slabs)))
                 of_rows = None
                 if of_blocks:
                     of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
@@ -175,9 +185,8 @@ def expert_rows(
         "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
         "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
         "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
-        "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
         "tables": plgpu.SMEM((warpgroups, parts * count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
-        "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
+        "filled": plgpu.Barrier(num_arrivals=2 + count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         **results.scratch(),
     }

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
 from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.grouped_matmul.combine_sm90 import combine
@@ -37,7 +39,7 @@ class Blocks(NamedTuple):
     """Where the routed rows lie: P = most blocks x rows a block.
 
     row_blocks: the experts of the blocks. place int32 [N, k]: the row of a token's choice. token int32 [P]: the token
-    of a row, N where it is padding. factors float32 [P]: its routing weight, 0 where it is padding.
+    of a row, N where it is padding. factors float32 [P]: its routing weight, 0 where it is padding; of one token [k].
     """
 
     row_blocks: RowBlocks
@@ -73,24 +75,24 @@ def experts(
         return hidden * jax.lax.broadcast_in_dim(factor, hidden.shape, across)
 
     blocks = lay_out(routing, rows)
-    multiply = functools.partial(_multiply, blocks=blocks, rows=rows, out_dtype=x.dtype)
+    multiply = functools.partial(_multiply, blocks=blocks, rows=rows)
     if isinstance(gate_up, Mxfp4Rows):
-        assert isinstance(down, Mxfp4Rows)
-        if len(x) == 1:  # a block has one factor
-            multiply.keywords["blocks"] = blocks._replace(factors=routing.weights[0].astype(jnp.float32))
-        codes = _quantized(x, blocks, activations, rows, gathered=True)
-        if x.dtype == jnp.bfloat16 and gate_up.rows % FP8_GROUP.tile[1] == 0:
-            multiply.keywords["out_dtype"] = activations
-            hidden = multiply(*codes, (w1, w3), gate_up, epilogue=activate)
-            multiply.keywords["out_dtype"] = x.dtype
-        else:
-            rounded = multiply(*codes, (w1, w3), gate_up, epilogue=activate)
-            hidden = _quantized(rounded, blocks, activations, rows, gathered=False)
-        out = multiply(*hidden, (w2,), down)
+        quantise = functools.partial(_quantised, blocks=blocks, form=activations, rows=rows)
+        # Where tiles have whole groups of channels, hidden rows are quantised by the kernel that they come from.
+        at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0
+        made = activations if at_once else x.dtype
+        hidden = multiply(*quantise(x, gathered=True), (w1, w3), gate_up, made, epilogue=activate)
+        out = multiply(*(hidden if at_once else quantise(hidden, gathered=False)), (w2,), down, x.dtype)
     else:
-        hidden = multiply(*_gathered(x, blocks, activations), (w1, w3), gate_up, epilogue=activate)
-        again = quantize_rows(hidden, activations, tokens_last=not isinstance(down, ManyRows))
-        out = multiply(again.values, scale_bytes(again.scale), (w2,), down)
+        if len(x) == 1 and isinstance(gate_up, FewRows):
+            # Rows of padding are zeros, whose products are zeros.
+            codes = quantize_rows(x, activations, padded_rows=rows, tokens_last=True)
+            gathered = codes.values, scale_bytes(codes.scale)
+        else:
+            gathered = _gathered(x, blocks, activations)
+        hidden = multiply(*gathered, (w1, w3), gate_up, x.dtype, epilogue=activate)
+        again = quantize_rows(hidden, activations, tokens_last=isinstance(down, FewRows))
+        out = multiply(again.values, scale_bytes(again.scale), (w2,), down, x.dtype)
     return combine(out, blocks.place)
 
 
@@ -104,8 +106,10 @@ def _gathered(x: jax.Array, blocks: Blocks, form: QuantFormat) -> tuple[jax.Arra
     return codes.values[blocks.token], scale[blocks.token]
 
 
-def _quantized(x: jax.Array, blocks: Blocks, form: QuantFormat, rows: int, *, gathered: bool):
-    """For the MXFP4 kernel, of tokens x [N, D] or hidden rows x [P, I]; of one token, all blocks have the same rows."""
+def _quantised(
+    x: jax.Array, blocks: Blocks, form: QuantFormat, rows: int, *, gathered: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The same for the MXFP4 kernel, of tokens [N, D] that are `gathered`, or of hidden rows [P, I]."""
     tokens = len(blocks.place)
     token = blocks.token[:rows] if gathered and tokens == 1 else blocks.token
     return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered)
@@ -138,13 +142,13 @@ def lay_out(routing: Routing, rows: int) -> Blocks:
 
 
 def _of_one_token(routing: Routing, rows: int) -> Blocks:
-    """A block for each choice."""
+    """A block for each choice, with one row and one factor. What does not depend on the routing is a constant."""
     _, k = routing.experts.shape
-    first = jnp.arange(k * rows) % rows == 0
-    factors = jnp.where(first, jnp.repeat(routing.weights[0], rows), 0).astype(jnp.float32)
-    token, place = jnp.where(first, 0, 1).astype(jnp.int32), jnp.arange(0, k * rows, rows, dtype=jnp.int32)
-    blocks = RowBlocks(routing.experts[0].astype(jnp.int32), jnp.full(1, k, jnp.int32))
-    return Blocks(blocks, place[None], token, factors)
+    token = np.where(np.arange(k * rows) % rows == 0, 0, 1).astype(np.int32)
+    place = np.arange(0, k * rows, rows, dtype=np.int32)[None]
+    blocks = RowBlocks(routing.experts.reshape(k).astype(jnp.int32), jnp.full(1, k, jnp.int32))
+    factors = routing.weights.reshape(k).astype(jnp.float32)
+    return Blocks(blocks, jnp.asarray(place), jnp.asarray(token), factors)
 
 
 def _before(sizes: jax.Array) -> jax.Array:
@@ -161,7 +165,7 @@ def _inverse(order: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(order[None] == at[:, None], at[None], 0), axis=1)
 
 
-def _multiply(values, scale, weights, tiling, *, blocks: Blocks, rows: int, out_dtype, epilogue=None) -> jax.Array:
+def _multiply(values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None):
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}
     if epilogue is not None:
@@ -171,4 +175,6 @@ def _multiply(values, scale, weights, tiling, *, blocks: Blocks, rows: int, out_
     if isinstance(tiling, FewRows):
         return few_rows(values, scale.T, pairs, tiling, rows=rows, **how)
     assert tiling.tile_m == rows, f"a block of {rows} rows is a tile of {tiling}"
+    if epilogue is not None:
+        how["factors"] = jnp.repeat(blocks.factors, len(blocks.token) // len(blocks.factors))
     return many_rows(values, scale, pairs, tiling, **how)

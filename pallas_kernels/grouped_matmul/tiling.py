@@ -75,7 +75,7 @@ def default_mxfp4(
 
 def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
     each, depth = tiling.rows, tiling.blocks * BLOCK
-    of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
+    of_weights = each * problem.weights * (depth // 2)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
     written = problem.rows * WGMMA_ROWS * tiling.warpgroups * itemsize
     return tiling.stages * (of_weights + of_rows) + written + each * problem.weights * TABLE_BYTES

@@ -104,6 +104,25 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     check(y[chosen], want[chosen].astype(np.float64))
 
 
+@pytest.mark.parametrize(
+    ("rows", "tiling", "form"),
+    [(8, Mxfp4Rows(4, 2, 2), FLOAT_GROUP), (16, Mxfp4Rows(2, 2, 1, parts=2), FP8_GROUP)],
+)
+def test_results_as_codes(rows, tiling, form):
+    """What quantising the bfloat16 results gives, bit for bit; one factor for a block, which share their rows of x."""
+    x, w = quantized((rows, 512), FP8_GROUP), quantized((3, 256, 512), MXFP4)
+    how = {"rows": rows, "row_blocks": row_blocks([2, 0]), "factors": jnp.asarray([0.5, -3.0])}
+    how["epilogue"] = lambda sums, factors: sums * jax.lax.broadcast_in_dim(factors, sums.shape, (1,))
+    with interpreted():
+        arguments = *arranged(x.values, scale_bytes(x.scale), rows), [stored(w)], tiling
+        y = np.asarray(expert_rows(*arguments, out_dtype=jnp.bfloat16, **how))
+        codes, scale = (np.asarray(found) for found in expert_rows(*arguments, out_dtype=form, **how))
+    want = quantize(jnp.asarray(y), form)
+    want_codes, want_scale = arranged(want.values, scale_bytes(want.scale), rows)
+    np.testing.assert_array_equal(codes.view(np.uint8), np.asarray(want_codes).view(np.uint8))
+    np.testing.assert_array_equal(scale[..., :rows], want_scale[..., :rows])
+
+
 def test_every_code_and_scale_in_every_place():
     """Rows of x with a single one pick columns of w: bit for bit what dequantising gives."""
     packed = np.arange(64 * 256, dtype=np.uint32).reshape(64, 256) * 37 % 256

@@ -182,7 +182,8 @@ def few_rows(
                 def finish(sums):
                     if once:
                         of_weights = (gmem.at[pl.ds(row, WGMMA_ROWS)] for gmem in scales_gmem)
-                        sums = [scaled(x, at, x_scale_gmem.at[tokens_of(block)]) for x, at in zip(sums, of_weights, strict=True)]
+                        of_rows = x_scale_gmem.at[tokens_of(block)]
+                        sums = [scaled(x, at, of_rows) for x, at in zip(sums, of_weights, strict=True)]
                     of_tokens = None
                     if of_blocks:
                         of_tokens = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)

@@ -107,18 +107,22 @@ def compress_into(
                             (kv_ring, gate_ring)[pair][b, slot, half] = values
 
         def row(position: Any, half: Any, all_new: bool) -> tuple[jax.Array, jax.Array]:
-            """kv and gate of one row."""
-            if few or not all_new:
+            """kv and gate of one row: of the rings, or of the chunk where it has begun."""
+
+            def kept() -> tuple[jax.Array, jax.Array]:
                 slot = lax.rem(position + slots, slots)  # before position 0: any row, which is not used
-                kept = load(kv_ring.at[b, slot, half]), load(gate_ring.at[b, slot, half])
-                if few:
-                    return kept
-            t = jnp.clip(position - begin, 0, tokens - 1)
-            new = load(kv_gmem.at[b, t, half]), load(gate_gmem.at[b, t, half])
+                return load(kv_ring.at[b, slot, half]), load(gate_ring.at[b, slot, half])
+
+            def new() -> tuple[jax.Array, jax.Array]:
+                t = jnp.clip(position - begin, 0, tokens - 1)
+                return load(kv_gmem.at[b, t, half]), load(gate_gmem.at[b, t, half])
+
+            if few:
+                return kept()
             if all_new:
-                return new
+                return new()
             before = everywhere(position < begin)
-            values, gates = (jnp.where(before, old, now) for old, now in zip(kept, new, strict=True))
+            values, gates = (jnp.where(before, old, now) for old, now in zip(kept(), new(), strict=True))
             return values, gates
 
         def part(at: Any, entry: jax.Array, softmax: Softmax, all_new: bool) -> Softmax:

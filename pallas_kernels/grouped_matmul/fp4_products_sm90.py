@@ -27,7 +27,7 @@ Sums = tuple[jax.Array, ...]
 
 
 class Slab(NamedTuple):
-    """64 rows of one weight that a consumer has in shared memory: packed codes by buffer, and the tables of 512 columns."""
+    """64 rows of one weight in a consumer's shared memory: packed codes by buffer, and the tables of 512 columns."""
 
     packed: Any
     tables: Any

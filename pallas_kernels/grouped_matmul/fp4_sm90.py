@@ -49,6 +49,7 @@ from pallas_kernels.mosaic.launch import sm_count
 
 AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 
+
 def expert_rows(
     x: jax.Array,
     x_scale: jax.Array,
@@ -134,8 +135,8 @@ def expert_rows(
                     columns = pl.ds(chunk * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
                     first_row = tile * rows_each + warpgroup * (parts * WGMMA_ROWS)
                     held = [pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
-                    scales_gmem = [gmem.at[expert_gmem[block]] for gmem in w_scale_gmems]
-                    return tuple(e2m1.load_words(gmem.at[held[p], columns]) for gmem in scales_gmem for p in range(parts))
+                    scales = (gmem.at[expert_gmem[block], rows, columns] for gmem in w_scale_gmems for rows in held)
+                    return tuple(map(e2m1.load_words, scales))
 
                 def chunk(c, state):
                     """512 columns, with tables for all of them unless scales are too far apart for one pass."""

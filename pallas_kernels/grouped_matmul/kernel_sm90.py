@@ -67,6 +67,7 @@ def experts(
     tile_m of a ManyRows tiling. limit: of the SwiGLU clamp, 0 for none. activations: E4M3 in 1x128 groups, with scales
     of the type of FP8 weights' ones.
     """
+
     def activate(gate, up, factor):
         if limit:
             gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
@@ -80,9 +81,10 @@ def experts(
         quantise = functools.partial(_quantised, blocks=blocks, form=activations, rows=rows)
         # Where tiles have whole groups of channels, hidden rows are quantised by the kernel that they come from.
         at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0
-        made = activations if at_once else x.dtype
-        hidden = multiply(*quantise(x, gathered=True), (w1, w3), gate_up, made, epilogue=activate)
-        out = multiply(*(hidden if at_once else quantise(hidden, gathered=False)), (w2,), down, x.dtype)
+        form = activations if at_once else x.dtype
+        made = multiply(*quantise(x, gathered=True), (w1, w3), gate_up, form, epilogue=activate)
+        codes, scale = made if at_once else quantise(made, gathered=False)
+        out = multiply(codes, scale, (w2,), down, x.dtype)
     else:
         if len(x) == 1 and isinstance(gate_up, FewRows):
             # Rows of padding are zeros, whose products are zeros.

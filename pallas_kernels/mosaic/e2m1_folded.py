@@ -30,8 +30,8 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 
 __all__ = [
     "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
-    "load_tables", "load_words", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables", "store_halves",
-    "store_tables_of_one",
+    "load_tables", "load_words", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables",
+    "store_halves", "store_tables_of_one",
 ]  # fmt: skip
 UNIT = 2.0**-6  # a looked-up code is value / UNIT, where its group has the largest scale
 _TABLE = 0x6C686000, 0x7C787470  # E4M3 of 64 times 0, 0.5, 1, 1.5 and 2, 3, 4, 6, lowest byte first

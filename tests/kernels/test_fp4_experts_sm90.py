@@ -93,8 +93,8 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     values = jnp.where(padding[:, None], jnp.nan, x.values.astype(jnp.float32)).astype(x.values.dtype)
     with interpreted():
         y = expert_rows(
-            *arranged(values, scale_bytes(x.scale), rows), [stored(gate), stored(up)], tiling, rows=rows, out_dtype=jnp.bfloat16,
-            row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
+            *arranged(values, scale_bytes(x.scale), rows), [stored(gate), stored(up)], tiling, rows=rows,
+            out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
         )  # fmt: skip
         y = np.asarray(y, np.float64)
     of_row = expert.repeat(rows)

@@ -109,23 +109,31 @@ def few_rows(
         # Row blocks are the inner index: those that share a weight tile run together, and read it from the L2 cache.
         loop = {"grid": (tiles, row_block_count), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
-        def of_expert(gmem, block):
-            return gmem if expert_gmem is None else gmem.at[expert_gmem[block]]
+        def of_block(block):
+            """Weights and their scales of a block's expert."""
+            if expert_gmem is None:
+                return w_gmems, w_scale_gmems
+            expert = expert_gmem[block]
+            return tuple([gmem.at[expert] for gmem in gmems] for gmems in (w_gmems, w_scale_gmems))
 
         def tokens_of(block):
             return pl.ds(0 if shared else block * rows, rows)
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
-            def copy(info, i, slot):
+            def of_tile(info):
                 tile, block = info.index
+                return tile, block, of_block(block)[0]
+
+            def copy(found, i, slot):
+                tile, block, weights_gmem = found
                 rows_gmem, columns = pl.ds(tile * rows_each, rows_each), pl.ds((first_step + i) * depth, depth)
-                for j, w_gmem in enumerate(w_gmems):
-                    source = of_expert(w_gmem, block).at[rows_gmem, columns]
+                for j, w_gmem in enumerate(weights_gmem):
+                    source = w_gmem.at[rows_gmem, columns]
                     plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
                 plgpu.copy_gmem_to_smem(x_gmem.at[tokens_of(block), columns], x_smem.at[slot], filled.at[slot])
 
-            produce(loop, steps, stages, free, copy)
+            produce(loop, steps, stages, free, copy, of_tile)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
@@ -137,7 +145,7 @@ def few_rows(
                 tile, block = info.index
                 row = tile * rows_each + warpgroup * WGMMA_ROWS
                 tokens = pl.ds(block * rows, rows)
-                scales_gmem = [of_expert(gmem, block) for gmem in w_scale_gmems]
+                _, scales_gmem = of_block(block)
 
                 def scales_of(i: Any) -> tuple[tuple[jax.Array, ...], ...]:
                     found = []

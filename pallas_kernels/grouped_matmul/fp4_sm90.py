@@ -95,9 +95,12 @@ def expert_rows(
             # copies; there each copies the whole.)
             shared = "block" if cluster > 1 and not is_interpreted() else None
 
-            def copy(info, i, slot):
+            def with_expert(info):
                 block, tile = tile_of(info)
-                expert, rows_gmem = expert_gmem[block], pl.ds(tile * rows_each, rows_each)
+                return block, tile, expert_gmem[block]
+
+            def copy(found, i, slot):
+                block, tile, expert = found
                 of_x = block if len(x) == m else 0
                 tokens, columns = pl.ds(of_x * rows, rows), pl.ds(i * depth, depth)
                 plgpu.copy_gmem_to_smem(
@@ -105,12 +108,12 @@ def expert_rows(
                 )
                 of_blocks = x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)]
                 plgpu.copy_gmem_to_smem(of_blocks, x_scale_smem.at[slot], filled.at[slot])
-                packed = pl.ds(i * (depth // 2), depth // 2)
+                rows_gmem, packed = pl.ds(tile * rows_each, rows_each), pl.ds(i * (depth // 2), depth // 2)
                 for j, gmem in enumerate(w_gmems):
                     source = gmem.at[expert, rows_gmem, packed]
                     plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
 
-            produce(loop, steps, stages, free, copy)
+            produce(loop, steps, stages, free, copy, with_expert)
 
         def slab_of(j: int, p: int) -> Slab:
             held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
@@ -130,12 +133,13 @@ def expert_rows(
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 block, tile = tile_of(info)
+                expert = expert_gmem[block]
 
                 def words_of(chunk: Any) -> tuple[jax.Array, ...]:
                     columns = pl.ds(chunk * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
                     first_row = tile * rows_each + warpgroup * (parts * WGMMA_ROWS)
                     held = [pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
-                    scales = (gmem.at[expert_gmem[block], rows, columns] for gmem in w_scale_gmems for rows in held)
+                    scales = (gmem.at[expert, rows, columns] for gmem in w_scale_gmems for rows in held)
                     return tuple(map(e2m1.load_words, scales))
 
                 def chunk(c, state):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -19,8 +18,6 @@ from pallas_kernels.row_format import RowFormat, index_format
 TILE = 64  # channels that share a scale
 WIDE, NARROW = 512, (32, 64, 128)  # widths of an entry: over four warps, and in one
 ROWS_AT_ONCE = 16  # of kv and of gate, whose loads are in flight together
-ROWS_SHARED = 8  # the same where warpgroups share an entry, and a thread has a quarter of the registers
-WARPGROUPS = 4  # that share the rows of a long entry
 
 
 class Held(NamedTuple):
@@ -35,22 +32,11 @@ def held(width: int) -> Held:
     return Held(width // TILE, TILE) if width == WIDE else Held(1, width)
 
 
-class Split(NamedTuple):
-    """How the rows of an entry are pooled: by warpgroups, each in parts of `at_once` rows that are loaded together."""
-
-    warpgroups: int
-    parts: int
-    at_once: int
-
-
-def split(ratio: int, halves: int) -> Split:
-    """One part where its rows fit; else as many as divide a block, over several warpgroups where they divide parts."""
-    rows = halves * ratio
-    if rows <= ROWS_AT_ONCE:
-        return Split(1, 1, rows)
-    at_once = next(n for n in range(ROWS_SHARED, 0, -1) if ratio % n == 0)
-    warpgroups = math.gcd(rows // at_once, WARPGROUPS)
-    return Split(warpgroups, rows // at_once // warpgroups, at_once)
+def rows_at_once(ratio: int, halves: int) -> int:
+    """How many of an entry's rows are loaded together; of more than fit, as many as divide a block."""
+    if halves * ratio <= ROWS_AT_ONCE:
+        return halves * ratio
+    return next(n for n in range(ROWS_AT_ONCE, 0, -1) if ratio % n == 0)
 
 
 def unsupported_reason(

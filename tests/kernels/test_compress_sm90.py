@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.bench import compress as bench
 from pallas_kernels.compress import CompressorState, compress_into, initial_state, kernel_sm90, reference
 from pallas_kernels.compress.cases import BENCH, SMALL
-from pallas_kernels.compress.tiling import Split, split, unsupported_reason
+from pallas_kernels.compress.tiling import rows_at_once, unsupported_reason
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
@@ -83,6 +83,7 @@ def check(got, want):
         (1, 16, 2, 32, 16, entry_format("float32", 16), (31, 15), (1, 1)),  # more rows than are loaded at once
         (11, 4, 2, 64, 16, ENTRY, (0, 6), (11, 9)),  # a chunk: rows of the ring and of the chunk
         (9, 32, 1, 64, 16, ENTRY, (30, 0), (9, 9)),
+        (20, 16, 2, 32, 16, KEY, (13, 0), (20, 18)),  # parts of long entries, of two blocks each
     ],
 )
 def test_kernel(tokens, ratio, halves, width, rope, form, start, count):
@@ -127,8 +128,7 @@ def test_drafts_are_taken_back():
 
 
 def test_parts_of_an_entry():
-    of = {(4, 2): Split(1, 1, 8), (128, 1): Split(4, 4, 8), (16, 2): Split(4, 1, 8), (12, 2): Split(4, 1, 6)}
-    assert {sizes: split(*sizes) for sizes in of} == of
+    assert [rows_at_once(ratio, halves) for ratio, halves in ((4, 2), (128, 1), (16, 2), (12, 2))] == [8, 16, 16, 12]
 
 
 @pytest.mark.parametrize(

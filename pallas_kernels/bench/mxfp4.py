@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.cases import MXFP4_BENCH, GroupedCase
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.rows_sm90 import arranged
-from pallas_kernels.grouped_matmul.tiling import MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
+from pallas_kernels.grouped_matmul.tiling import AHEAD, MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
 from pallas_kernels.mosaic.scales import scale_bytes
 
 
@@ -62,10 +63,11 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
     problem = Problem(m, case.n, case.k, case.weights, case.experts, rows)
     if found := tilings.mxfp4_tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows):
         yield found
-    for warpgroups in (1, 2, 4):
-        for blocks in STAGE_BLOCKS:
-            tried = (Mxfp4Rows(blocks, stages, warpgroups) for stages in range(MOST_STAGES, 1, -1))
-            yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
+    many = rows * case.weights > AHEAD
+    for warpgroups, parts, blocks in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS):
+        how = {"parts": parts, "in_turn": many and warpgroups > 1}
+        tried = (Mxfp4Rows(blocks, stages, warpgroups, **how) for stages in range(MOST_STAGES, 1, -1))
+        yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
 
 
 def inputs(case: GroupedCase, key: jax.Array) -> Inputs:

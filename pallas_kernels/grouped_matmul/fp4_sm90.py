@@ -26,6 +26,7 @@ wgmma takes 224 cycles for them, and a scheduler has two such warps. Not yet mea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,12 +43,10 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
 from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
-from pallas_kernels.grouped_matmul.tiling import SCALED, Mxfp4Rows
+from pallas_kernels.grouped_matmul.tiling import AHEAD, SCALED, Mxfp4Rows
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
-
-AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 
 
 def expert_rows(
@@ -72,9 +71,9 @@ def expert_rows(
     """
     k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
     stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
-    rows_each, count, cluster = tiling.rows, len(weights), tiling.cluster
+    rows_each, count = tiling.rows, len(weights)
     tiles, steps, line, each = n // rows_each, k // depth, min(depth, LINE), SCALED // depth
-    assert (rows % 8, n % (rows_each * cluster), k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
     results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, warpgroups, parts, out_dtype)
     of_blocks = factors is not None and len(factors) < m
@@ -83,29 +82,19 @@ def expert_rows(
         x_smem, x_scale_smem, w_smem = (scratch[name] for name in ("x", "x_scale", "w"))
         filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
-        loop = {"grid": (count_gmem[0], tiles // cluster), "collective_axes": "sm", "init_carry": jnp.int32(0)}
-
-        def tile_of(info: plgpu.NDLoopInfo) -> tuple[jax.Array, jax.Array]:
-            block, tile = info.index
-            return block, tile if cluster == 1 else tile * cluster + lax.axis_index("block")
+        loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm"}
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
-            # Thread blocks of a cluster share x: each copies a part to all of them. (The interpreter has no such
-            # copies; there each copies the whole.)
-            shared = "block" if cluster > 1 and not is_interpreted() else None
-
             def with_expert(info):
-                block, tile = tile_of(info)
+                block, tile = info.index
                 return block, tile, expert_gmem[block]
 
             def copy(found, i, slot):
                 block, tile, expert = found
                 of_x = block if len(x) == m else 0
                 tokens, columns = pl.ds(of_x * rows, rows), pl.ds(i * depth, depth)
-                plgpu.copy_gmem_to_smem(
-                    x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot], collective_axes=shared
-                )
+                plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot])
                 of_blocks = x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)]
                 plgpu.copy_gmem_to_smem(of_blocks, x_scale_smem.at[slot], filled.at[slot])
                 rows_gmem, packed = pl.ds(tile * rows_each, rows_each), pl.ds(i * (depth // 2), depth // 2)
@@ -113,7 +102,7 @@ def expert_rows(
                     source = gmem.at[expert, rows_gmem, packed]
                     plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
 
-            produce(loop, steps, stages, free, copy, with_expert)
+            produce(loop | {"init_carry": jnp.int32(0)}, steps, stages, free, copy, with_expert)
 
         def slab_of(j: int, p: int) -> Slab:
             held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
@@ -130,27 +119,36 @@ def expert_rows(
                 products = products._replace(turn=turns.at[warpgroup], next_turn=turns.at[following])
                 pl.when(warpgroup == warpgroups - 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
 
-            @plgpu.nd_loop(**loop)
-            def _tiles(info, carry):
-                block, tile = tile_of(info)
-                expert = expert_gmem[block]
+            def words_of(at: tuple[Any, Any], chunk: Any) -> tuple[jax.Array, ...]:
+                """The weight scales of 512 columns, at an expert and a tile of its rows."""
+                expert, tile = at
+                columns = pl.ds(chunk * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
+                first_row = tile * rows_each + warpgroup * (parts * WGMMA_ROWS)
+                held = [pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
+                scales = (gmem.at[expert, rows, columns] for gmem in w_scale_gmems for rows in held)
+                return tuple(map(e2m1.load_words, scales))
 
-                def words_of(chunk: Any) -> tuple[jax.Array, ...]:
-                    columns = pl.ds(chunk * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
-                    first_row = tile * rows_each + warpgroup * (parts * WGMMA_ROWS)
-                    held = [pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
-                    scales = (gmem.at[expert, rows, columns] for gmem in w_scale_gmems for rows in held)
-                    return tuple(map(e2m1.load_words, scales))
+            def tile_at(step: Any) -> tuple[Any, Any]:
+                """Expert and tile of this thread block's steps; of the last, where there are no more."""
+                number = jnp.minimum(step * lax.axis_size("sm") + lax.axis_index("sm"), count_gmem[0] * tiles - 1)
+                return expert_gmem[lax.div(number, tiles)], lax.rem(number, tiles)
+
+            @plgpu.nd_loop(**loop, init_carry=(jnp.int32(0), words_of(tile_at(0), 0)))
+            def _tiles(info, carry):
+                (block, tile), (done, words) = info.index, carry
+                here, next_tile = (expert_gmem[block], tile), tile_at(info.local_index + 1)
 
                 def chunk(c, state):
                     """512 columns, with tables for all of them unless scales are too far apart for one pass."""
                     words, sums = state
-                    following = words_of(jnp.minimum(c + 1, k // SCALED - 1))
+                    last = c + 1 == k // SCALED
+                    at = jax.tree.map(functools.partial(jnp.where, last), next_tile, here)
+                    following = words_of(at, jnp.where(last, 0, c + 1))
                     beyond = e2m1.any_beyond(words)
                     pl.when(beyond == 0)(lambda: products.make_tables(words))
 
                     def step(i, sums):
-                        slot = lax.rem(carry + c * each + i, stages)
+                        slot = lax.rem(done + c * each + i, stages)
                         plgpu.barrier_wait(filled.at[slot])
 
                         def one_pass(group, sums, in_turn=False):
@@ -170,7 +168,7 @@ def expert_rows(
                     return following, (step(0, sums) if each == 1 else lax.fori_loop(0, each, step, sums))
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, k // SCALED, chunk, (words_of(0), (zero,) * len(slabs)))
+                words, sums = lax.fori_loop(0, k // SCALED, chunk, (words, (zero,) * len(slabs)))
                 of_rows = None
                 if of_blocks:
                     of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
@@ -179,7 +177,7 @@ def expert_rows(
                     of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
                 of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
                 results.write(of_parts, block, tile, warpgroup, outs, scratch)
-                return carry + steps
+                return done + steps, words
 
             if tiling.in_turn:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
@@ -195,12 +193,6 @@ def expert_rows(
         "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         **results.scratch(),
     }
-    neighbours: dict[str, Any] = {}
-    if cluster > 1:
-        neighbours = {"cluster": (cluster,), "cluster_names": ("block",)}
-        scratch_types["free"] = plgpu.ClusterBarrier(
-            collective_axes=("block",), num_arrivals=warpgroups, num_barriers=stages
-        )
     if tiling.in_turn:
         scratch_types["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups)
     if is_interpreted():
@@ -208,9 +200,8 @@ def expert_rows(
     outs = plgpu.kernel(
         kernel,
         out_type=results.outputs(),
-        grid=(min(sm_count(), tiles * (m // rows)) // cluster,),
+        grid=(min(sm_count(), tiles * (m // rows)),),
         grid_names=("sm",),
-        **neighbours,
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch_types,

@@ -50,6 +50,7 @@ from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.products_sm90 import add_products
+from pallas_kernels.sparse_attention.turn_sm90 import turned
 
 HEADS = 64  # of a thread block: wgmma's M
 CONSUMERS = 2
@@ -68,6 +69,7 @@ def attend(
     q: jax.Array,
     sources: Sequence[tuple[Layout, Source]],
     sink: jax.Array | None,
+    factors: jax.Array | None,
     *,
     tokens: int,
     scale: float,
@@ -77,6 +79,7 @@ def attend(
 
     K is a multiple of 128. All sources have entries in the same format; their channels are those of their codes, filled
     up with zeros to a multiple of 64, and then of what is bfloat16, filled up to K. sink float32 [H], None for none.
+    factors: see `turn_sm90.factors`, None where nothing is turned.
     With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
     float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
@@ -88,7 +91,7 @@ def attend(
     assert (heads % HEADS, width % (CONSUMERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
-    def kernel(q_gmem, sources_gmem, sink_gmem, out_gmem, lse_gmem, **scratch):
+    def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
         q_smem, entries_smem, weights_smem = (scratch[name] for name in ("q", "entries", "weights"))
         measures_smem, measure_smem = scratch["measures"], scratch["measure"]
         top_smem, fade_smem, sums_smem = (scratch[name] for name in ("top", "fade", "sums"))
@@ -225,6 +228,17 @@ def attend(
                     sink2 = plgpu.load(sink_gmem.at[heads_gmem], layout=PER_HEAD, optimized=False) * LOG2_E
                     share = share / (1 + jnp.exp2(sink2 - lse2))
                 sums = [x * lax.broadcast_in_dim(share, x.shape, [0]) for x in sums]
+
+                def of_piece(i):
+                    """The factors of a piece of this warpgroup's channels, alike for all heads."""
+                    here = pl.ds(warpgroup * half + i * each, each)
+                    both = [
+                        plgpu.load(factors_gmem.at[query, j, here], layout=PER_ENTRY, optimized=False) for j in range(2)
+                    ]
+                    return [lax.broadcast_in_dim(x, (HEADS, each), [1]) for x in both]
+
+                if factors_gmem is not None and splits == 1:
+                    sums = [turned(x, *of_piece(i), plgpu.Layout.WGMMA) for i, x in enumerate(sums)]
                 pieces = [pl.ds(i * each, each) for i in range(len(sums))]
 
                 @pl.when(warpgroup == 0)
@@ -279,7 +293,7 @@ def attend(
             "scored": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
             "summed": plgpu.Barrier(num_arrivals=CONSUMERS),
         },
-    )(lax.bitcast_convert_type(q, jnp.float16), held, sink)
+    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
     return (out, lse) if splits > 1 else (lax.bitcast_convert_type(out[0], q.dtype), lse[0])
 
 

@@ -6,19 +6,23 @@ of the row's four scales in the block and c = w / s, exactly (mosaic/e2m1_folded
 Rows are in blocks of one expert each, and several weights may share their input. Persistent thread blocks take
 `warpgroups` x 64 rows of every weight. Tiles of one row block are neighbours: x is read from device memory once.
 
-- The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, and the 16 bytes of a
-  row's weight scales that are around them, running ahead across tiles.
-- Each consumer has 64 of the rows. It makes tables of their codes for 512 columns, in shared memory. It looks up the
-  codes of one K block of one weight at a time, into the registers that wgmma reads its first operand from, while the
-  product before runs, and adds products, times the scales of row and token, to float32 sums in the order of K.
+- The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, running ahead across tiles.
+- Each consumer has `parts` slabs of 64 rows of every weight. It loads the weight scales of 512 columns straight into
+  registers, one such chunk ahead, and makes tables of the rows' codes from them, in shared memory. It looks up the codes
+  of one K block of one slab at a time, into the registers that wgmma reads its first operand from, and adds products,
+  times the scales of row and token, to float32 sums in the order of K (fp4_products_sm90.py). Of few rows, codes are
+  looked up while the product before runs. Of many, sums and one product fill the registers: two consumers then
+  multiply alternately, one looking up and adding meanwhile.
+- Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
 Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
 to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
 token's sum is the same whatever other tokens are present, and however many of them a block has.
 
-Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. A consumer warp issues some 37
-instructions for 32 columns and 8 tokens, 29 of which look codes up; for 128 columns and 112 tokens some 300, while
-wgmma takes 224 cycles for them, and a scheduler has two such warps. Not yet measured.
+Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. Few rows run at the speed of memory
+once every multiprocessor has tiles: SHARE_FEW. Many do not: of 112 rows, a consumer's warp issues 275 instructions for a
+product of 64 x 112 x 128, 72 of them integer ones at half rate to look codes up and 112 to add, two such warps share a
+scheduler, and each mostly waits for itself: 1300 cycles on an H200, of which wgmma needs 448 for both.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

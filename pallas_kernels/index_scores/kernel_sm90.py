@@ -23,7 +23,6 @@ scheduler's warps. On an H100: 262144 keys 15.7 us (68 % of the bound), 32 x 655
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -31,28 +30,25 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
+from pallas_kernels.index_scores.consumer import IN_FLIGHT, KEYS, Fp4Keys, Fp8Keys, Queries
 from pallas_kernels.index_scores.schedule import walk
 from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, ScoreTiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 
-KEYS = ITEM // CONSUMERS  # of a consumer: wgmma's rows
-OF_KEYS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
-OF_HEADS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 QUERIES = 2  # buffers of a unit's queries
 # With many tokens; of the 504 that three warpgroups are launched with.
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 104, 200
-IN_FLIGHT = 2  # accumulators: tokens whose products a consumer has the tensor cores make at once
 
 
 class Keys(NamedTuple):
     """Index keys as they lie in memory, in pages of `size` keys; a sequence's are `size` x its number of pages.
 
-    codes E4M3 [rows, K]: those of page p begin at row p * stride. scale float32 [pages, n]: those of page p are the
-    last `size` of line p. table int32 [B, n]: the page of keys i * size ... None: `shared` says whether page i is page
-    i of every sequence, or sequence b has one page, b.
+    codes [rows, ...], E4M3 [K] or eight E2M1 codes a word, int32 [K/8]: those of page p begin at row p * stride. scale
+    [pages, n]: those of page p are the last `size` of line p, float32, or for E2M1 an integer with a byte for each
+    group of 32 channels. table int32 [B, n]: the page of keys i * size ... None: `shared` says whether page i is page i
+    of every sequence, or sequence b has one page, b.
     size divides ITEM or is a multiple of it.
     """
 
@@ -68,15 +64,18 @@ class Keys(NamedTuple):
 def index_scores(
     q: jax.Array, q_scale: jax.Array, weights: jax.Array, keys: Keys, counts: jax.Array, tiling: ScoreTiling
 ) -> jax.Array:
-    """float32 [B, T, C], C the entries rounded up to ITEM, of q E4M3 [B, T, H, K], q_scale and weights [B, T, H].
+    """float32 [B, T, C], C the entries rounded up to ITEM, of q E4M3 [B, T, H, K] and weights [B, T, H].
 
+    q_scale: float32 [B, T, H]; for E2M1 keys, where q is what `fp4_keys.as_operand` makes, [B, T, K/32, H].
     counts int32 [B, T]: keys that a token wants; scores from the most that a block of tokens wants on are garbage, and
     no page there is looked up. H is a multiple of 8, K 32, 64 or 128; tiling.tokens divides T.
     """
     batch, t, heads, width = q.shape
-    tokens, stages = tiling.tokens, tiling.stages
+    tokens, stages, teams = tiling.tokens, tiling.stages, tiling.teams
+    consumers, fp4 = CONSUMERS * teams, keys.codes.dtype == jnp.int32
     of_batch, columns = t // tokens, -(-keys.entries // ITEM) * ITEM
     assert t % tokens == 0, f"{t} tokens in blocks of {tokens}"
+    assert stages % teams == 0, f"{stages} buffers for {teams} teams"
     assert ITEM % keys.size == 0 or keys.size % ITEM == 0, f"pages of {keys.size} keys"
     sms = sm_count()
     part = min(keys.size, ITEM)  # keys of one copy
@@ -84,14 +83,14 @@ def index_scores(
 
     def kernel(q_gmem, q_scale_gmem, weights_gmem, codes_gmem, scale_gmem, table_gmem, counts_gmem, y_gmem, **scratch):
         q_smem, codes_smem, scale_smem = (scratch[name] for name in ("q", "codes", "scale"))
-        copied_smem, codes_smem = (codes_smem, codes_smem) if is_interpreted() else codes_smem
+        copied_smem, codes_smem = (codes_smem, codes_smem) if is_interpreted() or fp4 else codes_smem
         filled, free, q_filled, q_free = (scratch[name] for name in ("filled", "free", "q_filled", "q_free"))
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("sm")
 
         def of_this_block(segment):
             return walk(counts_gmem, keys.entries, block, sms, segment)
 
-        @pl.when(warpgroup == CONSUMERS)
+        @pl.when(warpgroup == consumers)
         def _produce():
             if many:
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
@@ -139,78 +138,62 @@ def index_scores(
                     step = total - buffers + i
                     pl.when(step >= 0)(lambda: plgpu.barrier_wait(barrier.at[lax.rem(step, buffers)]))
 
-        @pl.when(warpgroup < CONSUMERS)
+        @pl.when(warpgroup < consumers)
         def _consume():
             if many:
                 plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-            held = pl.ds(warpgroup * KEYS, KEYS)
+            team = lax.div(warpgroup, CONSUMERS)
+            place = lax.rem(warpgroup, CONSUMERS) * KEYS
+            staged = None if scratch["staged"] is None else scratch["staged"].at[warpgroup]
 
             def segment(unit, first, items, segments, done):
                 q_slot = lax.rem(segments, QUERIES)
                 rows = [unit * tokens + j for j in range(tokens)]
-                factors = [
-                    plgpu.load(weights_gmem.at[row], layout=OF_HEADS, optimized=False).astype(jnp.float32)
-                    * plgpu.load(q_scale_gmem.at[row], layout=OF_HEADS, optimized=False)
-                    for row in rows
-                ]
+                q_refs = [q_smem.at[q_slot, j] for j in range(tokens)]
+                queries = Queries.load(q_refs, rows, q_scale_gmem, weights_gmem, fp4)
                 plgpu.barrier_wait(q_filled.at[q_slot])
+                ahead = lax.rem(team + teams - lax.rem(done, teams), teams)  # items before this team's first one
 
-                @pl.loop(0, items)
-                def _items(i):
+                @pl.loop(0, lax.div(items - ahead + (teams - 1), teams))
+                def _items(turn):
+                    i = ahead + turn * teams
                     slot = lax.rem(done + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
-                    of_keys = plgpu.load(scale_smem.at[slot, held], layout=OF_KEYS, optimized=False)
 
-                    def multiply(*accumulators, group):
-                        for j, accumulator in zip(group, accumulators, strict=True):
-                            plgpu.wgmma(accumulator, codes_smem.at[slot, held], q_smem.at[q_slot, j].T)
-                        scores = []
-                        for left, j, accumulator in zip(reversed(range(len(group))), group, accumulators, strict=True):
-                            product = wgmma_accumulator_load(accumulator, wait_n=left)
-                            each = jnp.maximum(product, 0.0) * lax.broadcast_in_dim(factors[j], product.shape, [1])
-                            scores.append(jnp.sum(each, axis=1))
-                        return tuple(scores)
+                    def release():
+                        plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                        plgpu.barrier_arrive(free.at[slot])
 
-                    scores = []
-                    for begin in range(0, tokens, IN_FLIGHT):
-                        group = range(begin, min(begin + IN_FLIGHT, tokens))
-                        fresh = [plgpu.ACC((KEYS, heads), jnp.float32)] * len(group)
-                        scores += pl.run_scoped(functools.partial(multiply, group=group), *fresh)
-                    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                    plgpu.barrier_arrive(free.at[slot])
-                    columns = pl.ds((first + i) * ITEM + warpgroup * KEYS, KEYS)
-                    for row, score in zip(rows, scores, strict=True):
-                        y_gmem[row, columns] = score * of_keys
+                    def store(scores):
+                        for row, score in zip(rows, scores, strict=True):
+                            y_gmem[row, pl.ds((first + i) * ITEM + place, KEYS)] = score
+
+                    held = pl.ds(place, KEYS)
+                    buffers = codes_smem.at[slot, held], scale_smem.at[slot, held]
+                    (Fp4Keys if fp4 else Fp8Keys)(*buffers, staged).score(queries, release, store)
 
                 plgpu.barrier_arrive(q_free.at[q_slot])
 
             of_this_block(segment)
 
-    swizzle = plgpu.SwizzleTransform(width)
-    tiled = plgpu.TilingTransform((8, width)), swizzle
-    # One memory by two names. Rows are a swizzle wide, so that tiles of eight rows lie as rows do; but a copy that
-    # knows of tiles begins at a multiple of eight rows, which a page of 66 or so does not.
-    copied, codes = (plgpu.SMEM((stages, ITEM, width), keys.codes.dtype, transforms=how) for how in ((swizzle,), tiled))
     y = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch * t, columns), jnp.float32),
         grid=(sms,),
         grid_names=("sm",),
-        num_threads=CONSUMERS + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        scratch_types={
-            "q": plgpu.SMEM((QUERIES, tokens, heads, width), q.dtype, transforms=tiled),
-            "codes": codes if is_interpreted() else plgpu.RefUnion(copied, codes),
-            "scale": plgpu.SMEM((stages, ITEM), jnp.float32),
+        scratch_types=_buffers(q, keys, tiling)
+        | {
             "filled": plgpu.Barrier(num_arrivals=2 * (ITEM // part), num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
             "q_filled": plgpu.Barrier(num_arrivals=tokens, num_barriers=QUERIES),
-            "q_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=QUERIES),
+            "q_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=QUERIES),
         },
     )(
         q.reshape(batch * t, heads, width),
-        q_scale.reshape(batch * t, heads),
+        q_scale.reshape(batch * t, *q_scale.shape[2:]),
         weights.reshape(batch * t, heads),
         keys.codes,
         keys.scale,
@@ -218,3 +201,28 @@ def index_scores(
         counts.reshape(batch * of_batch, tokens),
     )
     return y.reshape(batch, t, columns)
+
+
+def _buffers(q: jax.Array, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:
+    """Shared memory: queries, keys' codes and scales, and for the interpreter what registers hold otherwise."""
+    _, _, heads, width = q.shape
+    swizzle = plgpu.SwizzleTransform(width)
+    tiled = plgpu.TilingTransform((8, width)), swizzle
+    shape = tiling.stages, ITEM, keys.codes.shape[1]
+    staged = None
+    if keys.codes.dtype == jnp.int32:
+        # A lane loads a quarter of a key, so that eight lanes, two keys, load from all banks: as it comes is best.
+        codes = plgpu.SMEM(shape, jnp.int32)
+        if is_interpreted():
+            staged = plgpu.SMEM((CONSUMERS * tiling.teams, KEYS, width), q.dtype, transforms=tiled)
+    else:
+        # One memory by two names. Rows are a swizzle wide, so that tiles of eight rows lie as rows do; but a copy that
+        # knows of tiles begins at a multiple of eight rows, which a page of 66 or so does not.
+        copied, codes = (plgpu.SMEM(shape, q.dtype, transforms=how) for how in ((swizzle,), tiled))
+        codes = codes if is_interpreted() else plgpu.RefUnion(copied, codes)
+    return {
+        "q": plgpu.SMEM((QUERIES, tiling.tokens, heads, width), q.dtype, transforms=tiled),
+        "codes": codes,
+        "scale": plgpu.SMEM((tiling.stages, ITEM), keys.scale.dtype),
+        "staged": staged,
+    }

@@ -12,10 +12,14 @@ MOST_STAGES = 4  # on an H100 262144 keys take 16.0 us with 3, 15.7 with 4, 16.2
 
 @dataclass(frozen=True)
 class ScoreTiling:
-    """tokens: queries of one sequence that share a read of its keys. stages: buffers of ITEM keys."""
+    """tokens: queries of one sequence that share a read of its keys. stages: buffers of ITEM keys.
+
+    teams: of CONSUMERS warpgroups, which take turns at items; they divide the stages.
+    """
 
     tokens: int = 1
     stages: int = MOST_STAGES
+    teams: int = 1
 
 
 def default_tiling(tokens: int, heads: int, width: int) -> ScoreTiling:

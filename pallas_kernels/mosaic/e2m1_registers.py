@@ -42,23 +42,25 @@ def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.Fra
     for (_, group, _, _, row, *_), word in np.ndenumerate(words):
         low, high = (vector.extract(flat[2 * group + i].registers.flat[row], [], [0]) for i in (0, 1))
         value = vector.extract(vector.bitcast(one_word, word), [], [0])
-        magnitudes = arith.andi(value, _constant(0x77777777))
-        signs = arith.shli(value, _constant(4))
+        magnitudes = arith.andi(value, constant(0x77777777))
+        signs = arith.shli(value, constant(4))
         for half, order in enumerate(_SIGNS):
-            picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
-            sign = arith.andi(_permuted(signs, value, _constant(order)), _constant(0x80808080))
-            four = vector.broadcast(one_word, arith.ori(_permuted(low, high, picked), sign))
+            picked = arith.shrui(magnitudes, constant(16)) if half else magnitudes
+            sign = arith.andi(permuted(signs, value, constant(order)), constant(0x80808080))
+            four = vector.broadcast(one_word, arith.ori(permuted(low, high, picked), sign))
             codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, four)
     return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
 
 
-def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
+def permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
     """The bytes of two words that the lowest four nibbles of `order` number."""
     return llvm.inline_asm(_word(), [low, high, order], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
 
 def any_beyond(_ctx: Any, spreads: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    widest, *others = (vector.extract(register, [], [0]) for register in spreads.registers.flat)
+    widest, *others = (
+        vector.extract(register, [], [i]) for register in spreads.registers.flat for i in range(register.type.shape[0])
+    )
     for other in others:
         widest = arith.maxsi(widest, other)
     ptx = f"""{{ .reg .pred here, anywhere;
@@ -111,7 +113,7 @@ def load_tables(_ctx: Any, of_block: ir.Value, scales: ir.Value) -> tuple[mgpu.F
 def _at(*parts: tuple[ir.Value, int] | int) -> ir.Value:
     """The sum of these: indices times what they count, or numbers."""
     terms = [
-        _constant(part) if isinstance(part, int) else arith.muli(arith.index_cast(_word(), part[0]), _constant(part[1]))
+        constant(part) if isinstance(part, int) else arith.muli(arith.index_cast(_word(), part[0]), constant(part[1]))
         for part in parts
     ]
     return functools.reduce(arith.addi, terms)
@@ -129,6 +131,6 @@ def _words(count: int) -> ir.Type:
     return ir.VectorType.get((count,), _word())
 
 
-def _constant(bits: int) -> ir.Value:
+def constant(bits: int) -> ir.Value:
     """A word with these bits; Mosaic takes signed numbers."""
     return utils.c(bits - (bits >> 31 << 32), _word())

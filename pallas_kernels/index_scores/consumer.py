@@ -1,0 +1,151 @@
+"""What a consumer of the Hopper kernel does with its half of an item: products of all heads, reduced to a score a key.
+
+Products of heads stay in registers: each is clamped, multiplied by the weight of its head (a register of the thread)
+and added up by its thread, then over four lanes. Of several tokens one is reduced while the next one's products run.
+"""
+
+# Pallas's transforms look abstract to the checker.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
+
+from pallas_kernels.index_scores import fp4_keys
+from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM
+from pallas_kernels.mosaic import e2m1_folded as e2m1
+
+KEYS = ITEM // CONSUMERS  # of a consumer: wgmma's rows
+OF_KEYS = fp4_keys.OF_KEYS  # the layout of a vector with one element a row of an accumulator
+OF_HEADS = plgpu.Layout.WGMMA.reduce(0)  # and a column
+IN_FLIGHT = 2  # accumulators: tokens whose products a consumer has the tensor cores make at once
+
+Issue = Callable[[Any, Any], None]  # accumulator [KEYS, heads] = keys times a token's queries, shared memory [heads, K]
+
+
+class Queries(NamedTuple):
+    """A unit's queries. smem: E4M3 [heads, K] of each token; factors: float32 [heads], its weights and scales.
+
+    E2M1: scales float32 [tokens, K/32, heads] and weights [tokens, heads] in memory, rows the unit's tokens there;
+    far_apart: int32 [], not 0 if those of some head's groups are not one, so that one factor will not do.
+    """
+
+    smem: Sequence[Any]
+    factors: Sequence[jax.Array]
+    rows: Sequence[jax.Array]
+    scale_gmem: Any
+    weights_gmem: Any
+    far_apart: jax.Array | None
+
+    @classmethod
+    def load(cls, smem: Sequence[Any], rows: Sequence[jax.Array], scale_gmem: Any, weights_gmem: Any, fp4: bool) -> Queries:
+        weights = [_of_heads(weights_gmem.at[row]).astype(jnp.float32) for row in rows]
+        if not fp4:
+            factors = [weight * _of_heads(scale_gmem.at[row]) for row, weight in zip(rows, weights, strict=True)]
+            return cls(smem, factors, rows, scale_gmem, weights_gmem, None)
+        factors, differ = [], []
+        for row, weight in zip(rows, weights, strict=True):
+            first, *others = (_of_heads(scale_gmem.at[row, group]) for group in range(scale_gmem.shape[1]))
+            factors.append(weight * first * fp4_keys.UNIT**2)
+            differ += [jnp.where(other != first, fp4_keys.SPREAD + 1, 0) for other in others]
+        far_apart = fp4_keys.anywhere(functools.reduce(jnp.maximum, differ), OF_HEADS) if differ else jnp.int32(0)
+        return cls(smem, factors, rows, scale_gmem, weights_gmem, far_apart)
+
+
+class Fp8Keys(NamedTuple):
+    """codes_smem E4M3 [KEYS, K], which wgmma reads where they are, and scale_smem float32 [KEYS]."""
+
+    codes_smem: Any
+    scale_smem: Any
+    staged: Any = None
+
+    def score(self, queries: Queries, release: Callable[[], None], store: Callable[[Sequence[jax.Array]], None]) -> None:
+        of_keys = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False)
+        scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, self.codes_smem, q.T))
+        release()
+        store([score * of_keys for score in scores])
+
+
+class Fp4Keys(NamedTuple):
+    """words_smem int32 [KEYS, K/8] of packed E2M1, and scale_smem, integers [KEYS] of a byte a group."""
+
+    words_smem: Any
+    scale_smem: Any
+    staged: Any = None
+
+    def score(self, queries: Queries, release: Callable[[], None], store: Callable[[Sequence[jax.Array]], None]) -> None:
+        width = queries.smem[0].shape[1]
+        words = plgpu.load(self.words_smem, layout=fp4_keys.words_layout(width), optimized=False)
+        scales = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
+        release()
+        far_apart = fp4_keys.far_apart(scales, width) | queries.far_apart
+
+        @pl.when(far_apart == 0)
+        def _folded():
+            codes, of_keys = fp4_keys.folded(words, scales, width)
+            scores = _weighted(queries, lambda accumulator, q: e2m1.multiply(accumulator, codes, q.T, self.staged))
+            store([score * of_keys for score in scores])
+
+        @pl.when(far_apart != 0)
+        def _by_group():
+            store([self._by_group(words, scales, queries, token) for token in range(len(queries.rows))])
+
+    def _by_group(self, words: jax.Array, scales: jax.Array, queries: Queries, token: int) -> jax.Array:
+        """The scores of one token, from products of one group of channels at a time, each with its scales."""
+        q_smem, row = queries.smem[token], queries.rows[token]
+        heads, width = q_smem.shape
+
+        def add(group: jax.Array, sums: jax.Array) -> jax.Array:
+            codes, of_keys = fp4_keys.of_group(words, scales, group, width)
+
+            def multiply(accumulator: Any) -> jax.Array:
+                e2m1.multiply(accumulator, codes, q_smem.T, self.staged)
+                return wgmma_accumulator_load(accumulator, wait_n=0)
+
+            product = pl.run_scoped(multiply, plgpu.ACC((KEYS, heads), jnp.float32))
+            of_heads = _of_heads(queries.scale_gmem.at[row, group])
+            scale = (lax.broadcast_in_dim(x, product.shape, [axis]) for axis, x in enumerate((of_keys, of_heads)))
+            return sums + product * (next(scale) * next(scale))
+
+        zero = plgpu.layout_cast(jnp.zeros((KEYS, heads), jnp.float32), plgpu.Layout.WGMMA)
+        sums = lax.fori_loop(0, width // fp4_keys.GROUP, add, zero)
+        weights = _of_heads(queries.weights_gmem.at[row]).astype(jnp.float32)
+        return _sum_over_heads(sums, weights * fp4_keys.UNIT**2)
+
+
+def _weighted(queries: Queries, issue: Issue) -> list[jax.Array]:
+    """float32 [KEYS] for each token: the sum over heads of clamped products times factors."""
+
+    def multiply(*accumulators: Any, group: Sequence[int]) -> tuple[jax.Array, ...]:
+        for accumulator, token in zip(accumulators, group, strict=True):
+            issue(accumulator, queries.smem[token])
+        scores = []
+        for left, accumulator, token in zip(reversed(range(len(group))), accumulators, group, strict=True):
+            product = wgmma_accumulator_load(accumulator, wait_n=left)
+            scores.append(_sum_over_heads(product, queries.factors[token]))
+        return tuple(scores)
+
+    tokens, (heads, _) = len(queries.smem), queries.smem[0].shape
+    scores = []
+    for begin in range(0, tokens, IN_FLIGHT):
+        group = range(begin, min(begin + IN_FLIGHT, tokens))
+        fresh = [plgpu.ACC((KEYS, heads), jnp.float32)] * len(group)
+        scores += pl.run_scoped(functools.partial(multiply, group=group), *fresh)
+    return scores
+
+
+def _sum_over_heads(product: jax.Array, factors: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.maximum(product, 0.0) * lax.broadcast_in_dim(factors, product.shape, [1]), axis=1)
+
+
+def _of_heads(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=OF_HEADS, optimized=False)

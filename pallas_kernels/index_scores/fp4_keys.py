@@ -1,0 +1,167 @@
+"""FP4 index keys as wgmma's register operand: E2M1 as E4M3, the scales of a key's groups folded into its codes.
+
+A key of K channels is K/2 bytes of codes and K/32 UE8M0 scales. Four neighbouring lanes share a key, each a quarter of
+its bytes in one load, and so codes of one group. E2M1 has eight magnitudes: two registers hold the E4M3 bytes of all of
+them, and a byte permutation looks four codes up. Magnitude v of a group whose scale is 2^-d times the key's largest is
+looked up as v 2^(6-d), exactly for d <= SPREAD: adding to all bytes' exponents makes that table from the one of 0.
+
+Queries have the same form (`as_operand`), their columns in the order in which lanes hold codes. Where scales of a key
+or of a query are further apart, a kernel multiplies one group at a time, from codes that are not folded.
+"""
+
+# Mosaic's Python is not typed for outsiders.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.mosaic import e2m1_registers as registers
+from pallas_kernels.mosaic.e2m1_registers import CODES, EACH_BLOCK, GROUP, ROWS, SPREAD
+from pallas_kernels.mosaic.interpreter import is_interpreted
+
+LANES = 4  # that share a key
+OF_KEYS = plgpu.Layout.WGMMA.reduce(1)
+SCALAR = plgpu.Layout.WG_SPLAT(())
+TABLE = 0x6C686000, 0x7C787470  # E4M3 of 64 times 0, 0.5, 1, 1.5 and 2, 3, 4, 6, lowest byte first
+EXPONENTS = 0x08080800, 0x08080808  # one in every byte's exponent; zero stays zero
+UNIT = 2.0**-6  # a looked-up code is value / UNIT where its group has the largest scale
+
+
+def words_layout(width: int) -> Any:
+    """Of int32 [64, width / 8], packed codes: a lane has width / 32 neighbouring words of two keys, 8 apart."""
+    words = width // 8
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((ROWS, words), (16, words), (8, words), (words // LANES,))), (-7,), (-3, -2), -1
+    )
+
+
+def far_apart(scales: jax.Array, width: int) -> jax.Array:
+    """int32 []: not 0 if some key's scales, int32 [64] of a byte a group, are beyond 2^SPREAD apart."""
+    codes = [_code(scales, group) for group in range(width // GROUP)]
+    if len(codes) == 1:
+        return jnp.int32(0)
+    return anywhere(functools.reduce(jnp.maximum, codes) - functools.reduce(jnp.minimum, codes), OF_KEYS)
+
+
+def anywhere(spread: jax.Array, layout: Any) -> jax.Array:
+    """int32 []: 1 if some element of int32 `spread` is above SPREAD, else 0. All warps of the warpgroup vote."""
+    if is_interpreted():
+        return jnp.any(spread > SPREAD).astype(jnp.int32)
+    answer = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=answer)(registers.any_beyond)(spread)
+
+
+def folded(words: jax.Array, scales: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """E4M3 [64, width] of packed codes int32 [64, width / 8] whose scales are near, and float32 [64] of the largest."""
+    largest = functools.reduce(jnp.maximum, [_code(scales, group) for group in range(width // GROUP)])
+    below = ((_per_lane(scales) >> _shift(width)) & 0xFF) - _per_lane(largest)
+    tables = (first + below * one for first, one in zip(TABLE, EXPONENTS, strict=True))
+    return look_up(words, *tables, width), scale_of(largest)
+
+
+def of_group(words: jax.Array, scales: jax.Array, group: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """E4M3 [64, width] with zeros for all groups but one, and float32 [64] of its scales."""
+    chosen = _shift(width) == 8 * group
+    tables = (jnp.where(chosen, values, 0) for values in TABLE)
+    return look_up(words, *tables, width), scale_of(_code(scales, group))
+
+
+def scale_of(code: jax.Array) -> jax.Array:
+    """float32 of UE8M0 codes int32; infinity for the code 255."""
+    return lax.bitcast_convert_type(jnp.maximum(code << 23, 1 << 22), jnp.float32)
+
+
+def look_up(words: jax.Array, low: jax.Array, high: jax.Array, width: int) -> jax.Array:
+    """E4M3 [64, width] by a table a key and lane: int32 [64, 4] of the first four magnitudes, and of the others."""
+    if is_interpreted():
+        return _look_up_in_jnp(words, low, high, width)
+    codes = plgpu.ShapeDtypeStruct((ROWS, width), jnp.float8_e4m3fn, layout=CODES)
+    kinds = words_layout(width), EACH_BLOCK, EACH_BLOCK
+    return plgpu.inline_mgpu(arg_types=kinds, return_type=codes)(_look_up)(words, low, high)
+
+
+def by_lanes(x: jax.Array) -> jax.Array:
+    """x [..., width] with its columns in the order that looking up makes."""
+    width = x.shape[-1]
+    of_lanes = x.reshape(*x.shape[:-1], LANES, width // GROUP, 2, 4)
+    return jnp.moveaxis(of_lanes, -4, -2).reshape(x.shape)
+
+
+def as_operand(packed: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """E4M3 [..., H, K] of queries, packed uint8 [..., H, K/2] with UE8M0 uint8 [..., H, K/32], and float32
+    [..., K/32, H]: scales of their groups, all the largest where the codes have it folded in.
+    """
+    codes = jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1, GROUP).astype(jnp.int32)
+    scales = scales.astype(jnp.int32)
+    largest = jnp.max(scales, axis=-1, keepdims=True)
+    near = largest - jnp.min(scales, axis=-1, keepdims=True) <= SPREAD
+    below = jnp.where(near, scales - largest, 0)[..., None]
+    low, high = (first + below * one for first, one in zip(TABLE, EXPONENTS, strict=True))
+    magnitude = (jnp.where(codes & 4, high, low) >> (8 * (codes & 3))) & 0xFF
+    codes = (magnitude | (codes & 8) << 4).astype(jnp.uint8).reshape(*packed.shape[:-1], -1)
+    of_groups = scale_of(jnp.where(near, largest, scales))
+    return lax.bitcast_convert_type(by_lanes(codes), jnp.float8_e4m3fn), jnp.swapaxes(of_groups, -1, -2)
+
+
+def _code(scales: jax.Array, group: Any) -> jax.Array:
+    return (scales >> (8 * group)) & 0xFF
+
+
+def _per_lane(x: jax.Array) -> jax.Array:
+    """int32 [64] for each of a key's lanes."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, LANES), [0]), EACH_BLOCK)
+
+
+def _shift(width: int) -> jax.Array:
+    """int32 [64, 4]: where in the word of a key's scales that of a lane's group is."""
+    lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 1, layout=EACH_BLOCK)
+    return (lane >> (LANES * GROUP // width - 1).bit_length()) * 8
+
+
+def _look_up(_ctx: Any, words: Any, low: Any, high: Any) -> Any:
+    layout = CODES.to_mgpu()
+    four_codes = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+    one_word = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+    rows = words.registers.size
+    count = words.registers.flat[0].type.shape[0]
+    codes = np.empty(layout.registers_shape((ROWS, count * GROUP)), dtype=object)
+    of_rows = codes.reshape(2 * count, rows)  # the only axes: 16 columns, and the rows that a thread has
+    for row, line in enumerate(words.registers.flat):
+        table = tuple(vector.extract(x.registers.flat[row], [], [0]) for x in (low, high))
+        for i in range(count):
+            for half, four in enumerate(_of_word(vector.extract(line, [], [i]), *table)):
+                of_rows[2 * i + half, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
+    return mgpu.FragmentedArray(_registers=codes, _layout=layout, _is_signed=None)
+
+
+def _of_word(word: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
+    """The E4M3 bytes of a word's first four codes, and of the others."""
+    constant = registers.constant
+    magnitudes = arith.andi(word, constant(0x77777777))
+    found = []
+    for half in range(2):
+        picked, signed = (arith.shrui(x, constant(16)) if half else x for x in (magnitudes, word))
+        # Of a nibble with its top bit set a permutation repeats the sign of the byte: 0 where codes are negative.
+        positive = registers.permuted(constant(0x7F7F7F7F), constant(0x7F7F7F7F), signed)
+        sign = arith.andi(arith.xori(positive, constant(0xFFFFFFFF)), constant(0x80808080))
+        found.append(arith.ori(registers.permuted(low, high, picked), sign))
+    return found
+
+
+def _look_up_in_jnp(words: jax.Array, low: jax.Array, high: jax.Array, width: int) -> jax.Array:
+    nibbles = (words[..., None] >> (4 * jnp.arange(8))[None, None]) & 0xF
+    nibbles = nibbles.reshape(ROWS, LANES, width // LANES)
+    of_code = jnp.where(nibbles & 4, high[..., None], low[..., None]) >> (8 * (nibbles & 3))
+    codes = (of_code & 0xFF | (nibbles & 8) << 4).astype(jnp.uint8).reshape(ROWS, width)
+    return lax.bitcast_convert_type(by_lanes(codes), jnp.float8_e4m3fn)

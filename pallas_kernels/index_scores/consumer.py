@@ -55,7 +55,7 @@ class Queries(NamedTuple):
         factors, differ = [], []
         for row, weight in zip(rows, weights, strict=True):
             first, *others = (_of_heads(scale_gmem.at[row, group]) for group in range(scale_gmem.shape[1]))
-            factors.append(weight * first * fp4_keys.UNIT**2)
+            factors.append(weight * first * (fp4_keys.UNIT**2 * fp4_keys.BOUND))
             differ += [jnp.where(other != first, fp4_keys.SPREAD + 1, 0) for other in others]
         far_apart = fp4_keys.anywhere(functools.reduce(jnp.maximum, differ), OF_HEADS) if differ else jnp.int32(0)
         return cls(smem, factors, rows, scale_gmem, weights_gmem, far_apart)
@@ -70,7 +70,7 @@ class Fp8Keys(NamedTuple):
 
     def score(self, queries: Queries, release: Callable[[], None], store: Callable[[Sequence[jax.Array]], None]) -> None:
         of_keys = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False)
-        scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, self.codes_smem, q.T))
+        scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, self.codes_smem, q.T), _clamped)
         release()
         store([score * of_keys for score in scores])
 
@@ -84,28 +84,34 @@ class Fp4Keys(NamedTuple):
 
     def score(self, queries: Queries, release: Callable[[], None], store: Callable[[Sequence[jax.Array]], None]) -> None:
         width = queries.smem[0].shape[1]
-        words = plgpu.load(self.words_smem, layout=fp4_keys.words_layout(width), optimized=False)
         scales = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
-        release()
         far_apart = fp4_keys.far_apart(scales, width) | queries.far_apart
 
         @pl.when(far_apart == 0)
         def _folded():
-            codes, of_keys = fp4_keys.folded(words, scales, width)
-            scores = _weighted(queries, lambda accumulator, q: e2m1.multiply(accumulator, codes, q.T, self.staged))
+            codes, of_keys = fp4_keys.folded(self._words(), scales, width)
+            release()
+            issue = lambda accumulator, q: e2m1.multiply(accumulator, codes, q.T, self.staged)  # noqa: E731
+            scores = _weighted(queries, issue, fp4_keys.clamped)
             store([score * of_keys for score in scores])
 
         @pl.when(far_apart != 0)
         def _by_group():
-            store([self._by_group(words, scales, queries, token) for token in range(len(queries.rows))])
+            scores = [self._by_group(scales, queries, token) for token in range(len(queries.rows))]
+            release()
+            store(scores)
 
-    def _by_group(self, words: jax.Array, scales: jax.Array, queries: Queries, token: int) -> jax.Array:
+    def _words(self) -> jax.Array:
+        _, words = self.words_smem.shape
+        return plgpu.load(self.words_smem, layout=fp4_keys.words_layout(8 * words), optimized=False)
+
+    def _by_group(self, scales: jax.Array, queries: Queries, token: int) -> jax.Array:
         """The scores of one token, from products of one group of channels at a time, each with its scales."""
         q_smem, row = queries.smem[token], queries.rows[token]
         heads, width = q_smem.shape
 
         def add(group: jax.Array, sums: jax.Array) -> jax.Array:
-            codes, of_keys = fp4_keys.of_group(words, scales, group, width)
+            codes, of_keys = fp4_keys.of_group(self._words(), scales, group, width)
 
             def multiply(accumulator: Any) -> jax.Array:
                 e2m1.multiply(accumulator, codes, q_smem.T, self.staged)
@@ -119,10 +125,10 @@ class Fp4Keys(NamedTuple):
         zero = plgpu.layout_cast(jnp.zeros((KEYS, heads), jnp.float32), plgpu.Layout.WGMMA)
         sums = lax.fori_loop(0, width // fp4_keys.GROUP, add, zero)
         weights = _of_heads(queries.weights_gmem.at[row]).astype(jnp.float32)
-        return _sum_over_heads(sums, weights * fp4_keys.UNIT**2)
+        return _sum_over_heads(_clamped(sums), weights * fp4_keys.UNIT**2)
 
 
-def _weighted(queries: Queries, issue: Issue) -> list[jax.Array]:
+def _weighted(queries: Queries, issue: Issue, clamp: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
     """float32 [KEYS] for each token: the sum over heads of clamped products times factors."""
 
     def multiply(*accumulators: Any, group: Sequence[int]) -> tuple[jax.Array, ...]:
@@ -131,7 +137,7 @@ def _weighted(queries: Queries, issue: Issue) -> list[jax.Array]:
         scores = []
         for left, accumulator, token in zip(reversed(range(len(group))), accumulators, group, strict=True):
             product = wgmma_accumulator_load(accumulator, wait_n=left)
-            scores.append(_sum_over_heads(product, queries.factors[token]))
+            scores.append(_sum_over_heads(clamp(product), queries.factors[token]))
         return tuple(scores)
 
     tokens, (heads, _) = len(queries.smem), queries.smem[0].shape
@@ -143,8 +149,12 @@ def _weighted(queries: Queries, issue: Issue) -> list[jax.Array]:
     return scores
 
 
-def _sum_over_heads(product: jax.Array, factors: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.maximum(product, 0.0) * lax.broadcast_in_dim(factors, product.shape, [1]), axis=1)
+def _clamped(product: jax.Array) -> jax.Array:
+    return jnp.maximum(product, 0.0)
+
+
+def _sum_over_heads(clamped: jax.Array, factors: jax.Array) -> jax.Array:
+    return jnp.sum(clamped * lax.broadcast_in_dim(factors, clamped.shape, [1]), axis=1)
 
 
 def _of_heads(ref: Any) -> jax.Array:

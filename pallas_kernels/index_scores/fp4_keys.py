@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
@@ -36,6 +37,7 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 TABLE = 0x6C686000, 0x7C787470  # E4M3 of 64 times 0, 0.5, 1, 1.5 and 2, 3, 4, 6, lowest byte first
 EXPONENTS = 0x08080800, 0x08080808  # one in every byte's exponent; zero stays zero
 UNIT = 2.0**-6  # a looked-up code is value / UNIT where its group has the largest scale
+BOUND = 2.0**25  # of the products of two rows of codes, which are at most 384^2 x 128
 
 
 def words_layout(width: int) -> Any:
@@ -91,6 +93,19 @@ def look_up(words: jax.Array, low: jax.Array, high: jax.Array, width: int) -> ja
     return plgpu.inline_mgpu(arg_types=kinds, return_type=codes)(_look_up)(words, low, high)
 
 
+def clamped(product: jax.Array) -> jax.Array:
+    """max(product, 0) / BOUND of float32 [64, heads], an accumulator, exactly.
+
+    A product that saturates takes a cycle of the units that multiply and add; a maximum takes two of those that look
+    codes up.
+    """
+    if is_interpreted():
+        return jnp.maximum(product, 0.0) / BOUND
+    layout = plgpu.Layout.WGMMA
+    found = plgpu.ShapeDtypeStruct(product.shape, jnp.float32, layout=layout)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=found)(_clamped)(product)
+
+
 def by_lanes(x: jax.Array) -> jax.Array:
     """x [..., width] with its columns in the order that looking up makes."""
     width = x.shape[-1]
@@ -127,6 +142,16 @@ def _shift(width: int) -> jax.Array:
     """int32 [64, 4]: where in the word of a key's scales that of a lane's group is."""
     lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, LANES), 1, layout=EACH_BLOCK)
     return (lane >> (LANES * GROUP // width - 1).bit_length()) * 8
+
+
+def _clamped(_ctx: Any, product: Any) -> Any:
+    clamped = np.empty_like(product.registers)
+    scale = utils.c(1 / BOUND, ir.F32Type.get())
+    for at, register in np.ndenumerate(product.registers):
+        values = (vector.extract(register, [], [i]) for i in range(register.type.shape[0]))
+        values = [llvm.inline_asm(ir.F32Type.get(), [x, scale], "mul.sat.f32 $0, $1, $2;", "=f,f,f") for x in values]
+        clamped[at] = vector.from_elements(register.type, values)
+    return mgpu.FragmentedArray(_registers=clamped, _layout=product.layout, _is_signed=None)
 
 
 def _look_up(_ctx: Any, words: Any, low: Any, high: Any) -> Any:

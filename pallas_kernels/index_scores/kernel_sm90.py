@@ -38,8 +38,6 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 
 QUERIES = 2  # buffers of a unit's queries
-# With many tokens; of the 504 that three warpgroups are launched with.
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 104, 200
 
 
 class Keys(NamedTuple):
@@ -79,7 +77,7 @@ def index_scores(
     assert ITEM % keys.size == 0 or keys.size % ITEM == 0, f"pages of {keys.size} keys"
     sms = sm_count()
     part = min(keys.size, ITEM)  # keys of one copy
-    many = tokens > IN_FLIGHT  # the weights of so many do not fit the registers of a launch
+    registers = registers_of(tiling)
 
     def kernel(q_gmem, q_scale_gmem, weights_gmem, codes_gmem, scale_gmem, table_gmem, counts_gmem, y_gmem, **scratch):
         q_smem, codes_smem, scale_smem = (scratch[name] for name in ("q", "codes", "scale"))
@@ -92,8 +90,8 @@ def index_scores(
 
         @pl.when(warpgroup == consumers)
         def _produce():
-            if many:
-                plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            if registers:
+                plgpu.set_max_registers(registers[0], action="decrease")
 
             def segment(unit, first, items, segments, done):
                 q_slot = lax.rem(segments, QUERIES)
@@ -140,8 +138,8 @@ def index_scores(
 
         @pl.when(warpgroup < consumers)
         def _consume():
-            if many:
-                plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            if registers:
+                plgpu.set_max_registers(registers[1], action="increase")
             team = lax.div(warpgroup, CONSUMERS)
             place = lax.rem(warpgroup, CONSUMERS) * KEYS
             staged = None if scratch["staged"] is None else scratch["staged"].at[warpgroup]
@@ -201,6 +199,13 @@ def index_scores(
         counts.reshape(batch * of_batch, tokens),
     )
     return y.reshape(batch, t, columns)
+
+
+def registers_of(tiling: ScoreTiling) -> tuple[int, int] | None:
+    """Of the producer and of a consumer, where those of a launch, 504 or 480 in all, are too few for consumers."""
+    if tiling.teams == 2:
+        return 64, 104
+    return (104, 200) if tiling.tokens > IN_FLIGHT else None
 
 
 def _buffers(q: jax.Array, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:

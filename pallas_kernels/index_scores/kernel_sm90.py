@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.index_scores.consumer import IN_FLIGHT, KEYS, Fp4Keys, Fp8Keys, Queries
-from pallas_kernels.index_scores.schedule import walk
+from pallas_kernels.index_scores.schedule import likely_first, prefetch, walk
 from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, ScoreTiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
@@ -92,6 +92,12 @@ def index_scores(
         def _produce():
             if registers:
                 plgpu.set_max_registers(registers[0], action="decrease")
+
+            if table_gmem is not None:
+                # Its line is on the way while counts are, which say where this block begins.
+                unit, item = likely_first(batch * of_batch, columns // ITEM, block, sms)
+                page = lax.div(item * ITEM, keys.size)
+                prefetch(table_gmem.at[lax.div(unit, of_batch), pl.ds(page, 1)])
 
             def segment(unit, first, items, segments, done):
                 q_slot = lax.rem(segments, QUERIES)

@@ -30,13 +30,15 @@ OF_HEADS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 IN_FLIGHT = 2  # accumulators: tokens whose products a consumer has the tensor cores make at once
 
 Issue = Callable[[Any, Any], None]  # accumulator [KEYS, heads] = keys times a token's queries, shared memory [heads, K]
+Release = Callable[[], None]  # buffers have been read
+Store = Callable[[Sequence[jax.Array]], None]  # of float32 [KEYS] for each token
 
 
 class Queries(NamedTuple):
     """A unit's queries. smem: E4M3 [heads, K] of each token; factors: float32 [heads], its weights and scales.
 
-    E2M1: scales float32 [tokens, K/32, heads] and weights [tokens, heads] in memory, rows the unit's tokens there;
-    far_apart: int32 [], not 0 if those of some head's groups are not one, so that one factor will not do.
+    rows: its tokens in scale_gmem, float32 [tokens, heads], and weights_gmem. For E2M1 keys scales are [tokens, K/32,
+    heads]; far_apart int32 [] is not 0 if the groups of some head have not one and the same, so that no factor will do.
     """
 
     smem: Sequence[Any]
@@ -44,12 +46,12 @@ class Queries(NamedTuple):
     rows: Sequence[jax.Array]
     scale_gmem: Any
     weights_gmem: Any
-    far_apart: jax.Array | None
+    far_apart: Any
 
     @classmethod
-    def load(cls, smem: Sequence[Any], rows: Sequence[jax.Array], scale_gmem: Any, weights_gmem: Any, fp4: bool) -> Queries:
+    def load(cls, smem: Sequence[Any], rows: Sequence[jax.Array], scale_gmem: Any, weights_gmem: Any) -> Queries:
         weights = [_of_heads(weights_gmem.at[row]).astype(jnp.float32) for row in rows]
-        if not fp4:
+        if len(scale_gmem.shape) == 2:
             factors = [weight * _of_heads(scale_gmem.at[row]) for row, weight in zip(rows, weights, strict=True)]
             return cls(smem, factors, rows, scale_gmem, weights_gmem, None)
         factors, differ = [], []
@@ -68,7 +70,7 @@ class Fp8Keys(NamedTuple):
     scale_smem: Any
     staged: Any = None
 
-    def score(self, queries: Queries, release: Callable[[], None], store: Callable[[Sequence[jax.Array]], None]) -> None:
+    def score(self, queries: Queries, release: Release, store: Store) -> None:
         of_keys = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False)
         scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, self.codes_smem, q.T), _clamped)
         release()
@@ -82,7 +84,7 @@ class Fp4Keys(NamedTuple):
     scale_smem: Any
     staged: Any = None
 
-    def score(self, queries: Queries, release: Callable[[], None], store: Callable[[Sequence[jax.Array]], None]) -> None:
+    def score(self, queries: Queries, release: Release, store: Store) -> None:
         width = queries.smem[0].shape[1]
         scales = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
         far_apart = fp4_keys.far_apart(scales, width) | queries.far_apart

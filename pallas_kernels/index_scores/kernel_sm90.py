@@ -23,7 +23,7 @@ scheduler's warps. On an H100: 262144 keys 15.7 us (68 % of the bound), 32 x 655
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -154,7 +154,7 @@ def index_scores(
                 q_slot = lax.rem(segments, QUERIES)
                 rows = [unit * tokens + j for j in range(tokens)]
                 q_refs = [q_smem.at[q_slot, j] for j in range(tokens)]
-                queries = Queries.load(q_refs, rows, q_scale_gmem, weights_gmem, fp4)
+                queries = Queries.load(q_refs, rows, q_scale_gmem, weights_gmem)
                 plgpu.barrier_wait(q_filled.at[q_slot])
                 ahead = lax.rem(team + teams - lax.rem(done, teams), teams)  # items before this team's first one
 

@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.index_scores import kernel_sm90, sm90
-from pallas_kernels.index_scores.fp4_keys import SPREAD, as_operand, by_lanes
+from pallas_kernels.index_scores.fp4_keys import SPREAD, UNIT, as_operand, by_lanes
 from pallas_kernels.index_scores.tiling import ScoreTiling
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import Rows, decode_rows, encode_rows, paged
@@ -69,10 +69,9 @@ def test_queries_as_an_operand_are_exact(spread):
     q = rows(np.random.default_rng(0), (3, 50, WIDTH), spread)
     codes, scales = as_operand(q.body, q.scale)
     assert codes.dtype == jnp.float8_e4m3fn
-    values = np.asarray(codes, np.float64) * 2.0**-6
-    by_group = np.repeat(np.swapaxes(np.asarray(scales, np.float64), -1, -2), 32, axis=-1)
-    want = np.asarray(decode_rows(q, jnp.float32), np.float64)
-    np.testing.assert_array_equal(values * np.asarray(by_lanes(by_group)), np.asarray(by_lanes(want)))
+    of_channels = by_lanes(jnp.repeat(jnp.swapaxes(scales, -1, -2), 32, axis=-1))
+    got = codes.astype(jnp.float32) * UNIT * of_channels
+    np.testing.assert_array_equal(got, by_lanes(decode_rows(q, jnp.float32)))
 
 
 def test_values_are_quantised_as_the_keys_are():

@@ -155,7 +155,11 @@ def refusal(q, keys):
     [
         ((1, 1, 8, 64), shape(1, 64, 64), "keys are not quantised: it reads E4M3 or E2M1 codes"),
         ((1, 1, 8, 64), index_format("bfloat16"), "keys are bfloat16: it reads E4M3 or E2M1 codes"),
-        ((1, 1, 8, 64), entry_format("fp8_tensor", 0), "it takes e4m3 with a float32 scale for each, and e2m1:1x32:ue8m0"),
+        (
+            (1, 1, 8, 64),
+            entry_format("fp8_tensor", 0),
+            "it takes e4m3 with a float32 scale for each, and e2m1:1x32:ue8m0",
+        ),
         ((1, 1, 8, 64), entry_format("int8", 0), "keys are int8:row:float32: it takes e4m3"),
         ((1, 1, 8, 16), FP8, "keys of 16 channels: it takes 32, 64, 128"),
         ((1, 1, 136, 64), FP8, "136 heads: it takes up to 128"),

@@ -1,21 +1,23 @@
-"""Indexer scores from FP8 keys on Hopper: score[t, c] = s_c sum_h w[t, h] s_th relu(q[t, h] . k_c), float32.
+"""Indexer scores from FP8 or FP4 keys on Hopper: score[t, c] = sum_h w[t, h] relu(q[t, h] . k_c), float32.
 
-q [T, H, K] and k [C, K] are E4M3 codes, s_c and s_th their scales, which are not negative: they come out of the ReLU.
-Keys are wgmma's M, heads its N; K is one chain of at most 128. Products of heads stay in registers: each is clamped,
-multiplied by the weight of its head (a register of the thread) and added up by its thread, then over four lanes.
+Keys are wgmma's M, heads its N; K is one chain of at most 128, in E4M3. FP8: k_c = s_c codes and q[t, h] = s_th codes,
+scales that are not negative: they come out of the ReLU. FP4: both have a scale for each group of 32 channels, folded
+into E4M3 codes, so that one is left again (fp4_keys.py).
 Persistent thread blocks share the items, ITEM keys of one unit (a block of query tokens of one sequence) each, evenly
-by what the units' counts say (schedule.py); a unit's queries stay in shared memory. Three warpgroups:
+by what the units' counts say (schedule.py); a unit's queries stay in shared memory. Warpgroups:
 
 - the producer copies a unit's queries, and an item's codes and scales a page at a time, running ahead across items and
-  units: stages x 16.5 KB in flight hide the latency of memory;
-- two consumers have half the keys of an item each. A consumer issues the wgmmas of all tokens of the unit, then
-  reduces one while the later run, and stores float32 scores straight to memory.
+  units: stages x 16.5 KB (FP4: 8.5) in flight hide the latency of memory;
+- two consumers, or two teams of two that take turns at items, have half the keys of an item each (consumer.py). A
+  consumer issues the wgmmas of all tokens of the unit, then reduces one while the later run, and stores float32 scores
+  straight to memory. FP8 codes are multiplied where they are, FP4 ones are looked up into wgmma's registers.
 
 A score is of one key and one query: no split, no order that depends on others. What is stored behind a unit's count is
 of the last key's page at best, and garbage.
-Bound: C (K + 4 + 4 T) bytes / 3.35 TB/s and about 2 us of launch and latency. At 64 heads x 128 and one token 64 keys
-come in 672 cycles of an SM's share of 3 TB/s; their wgmmas take 128, and some 150 instructions of each of a
-scheduler's warps. On an H100: 262144 keys 15.7 us (68 % of the bound), 32 x 65536 102.8 (83 %), 128 x 8192 53.8 (80 %).
+Bound: C (K + 4 + 4 T) bytes (FP4: C (K/2 + K/32 + 4 T)) / 3.35 TB/s and about 2 us of launch and latency. At 64 heads x
+128 and one token 64 keys come in 672 cycles of an SM's share of 3 TB/s; their wgmmas take 128, and some 150
+instructions of each of a scheduler's warps. On an H100: 262144 keys 15.7 us (68 % of the bound), 32 x 65536 102.8 (83
+%), 128 x 8192 53.8 (80 %).
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

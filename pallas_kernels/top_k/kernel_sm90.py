@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.top_k import team
+from pallas_kernels.top_k.rank import ENDS, Binning, begin_bins, put_down, rank_of
 from pallas_kernels.top_k.sort import in_order
 from pallas_kernels.top_k.team import Team
 from pallas_kernels.top_k.tiling import BLOCK, RowTiling
@@ -52,6 +53,7 @@ from pallas_kernels.top_k.warpgroup import (
 
 LEAST, LARGEST = -(2**31), 2**31 - 1
 DIGIT = 8
+MOST_ALIKE = 48  # pairs of one bin up to which each is compared with all of them, not sorted
 TURNS = 3  # bins: those that are counted in, those of the next time, and those that somebody may still read
 WITHOUT_BARRIERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
@@ -123,15 +125,17 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         "bins": plgpu.SMEM((TURNS, BINS), jnp.int32),
         "sizes": plgpu.SMEM((3,), jnp.int32),
         "bounds": plgpu.SMEM((2,), jnp.int32),
+        "ends": plgpu.SMEM((ENDS,), jnp.int32),
         **team.scratch(warpgroups),
     }
 
     def kernel(
         scores_gmem, tops_gmem, counts_gmem, chosen_gmem,
-        *, all_keys, all_places, picked, bins, sizes, bounds, barrier=None,
+        *, all_keys, all_places, picked, bins, sizes, bounds, ends, barrier=None,
     ):  # fmt: skip
         best_keys, best = (x.at[pl.ds(0, whole)] for x in (all_keys, all_places))
-        near_keys, near = (x.at[pl.ds(whole, tiling.near)] for x in (all_keys, all_places))
+        ranked_keys, ranked = (x.at[pl.ds(0, tiling.ranked)] for x in (all_keys, all_places))
+        near_keys, near = (x.at[pl.ds(tiling.near_from, tiling.near)] for x in (all_keys, all_places))
         keys = all_keys.at[pl.ds(tiling.keys_from, tiling.keys)]
         row, of_team = lax.axis_index("row"), Team(lax.axis_index("warpgroup"), warpgroups, barrier)
         scores_of_row, shown = scores_gmem.at[row], counts_gmem[row]
@@ -225,11 +229,6 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
             key = ordered(look_up(scores_of_row, index))
             keep_near(inside & (key >= least) & (index < shown), key, index)
 
-        def keep_best(here, _, inside):
-            key, index = loaded(near_keys, here), loaded(near, here)
-            where = of_entries.first(key, index) & inside
-            append(of_team, sizes.at[pl.ds(2, 1)], where.astype(jnp.int32), (best_keys, key), (best, index))
-
         @pl.when(of_team.member == 0)
         def _start():
             fill(bins.at[0], 0)
@@ -258,11 +257,49 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
             each(candidates, tiling.gather, keep_candidate)
         of_team.sync()
         n, need = sizes[1], jnp.minimum(k, shown)
-        of_entries, _ = limit(n, tiling.few, near_keys, lambda here, _: loaded(near, here), least, high, need, turn)
-        each(n, tiling.few, keep_best)
+        base, span, shift = digits_of(least, high - least)
+        binning, of_bins, turn = Binning(base, shift, span), bins.at[turn], lax.rem(turn + 1, TURNS)
+        pl.when(of_team.member == 0)(lambda: fill(bins.at[turn], 0))
+
+        def count_near(here, _, inside):
+            count(of_team, of_bins, loaded(near_keys, here), inside.astype(jnp.int32), (base, shift, span))
+
+        def put_near(here, _, inside):
+            key, index = loaded(near_keys, here), loaded(near, here)
+            where = inside.astype(jnp.int32)
+            put_down(of_team, ends, binning.of(key), where, (ranked_keys, key), (ranked, index))
+
+        def put_ranked(here, place, _):
+            pair = loaded(ranked_keys, here), loaded(ranked, here)
+            rank = rank_of(ends, ranked_keys, ranked, pair, binning.of(pair[0]), fullest)
+            rank, index = jnp.where(place < n, rank, place), jnp.where(place < n, pair[1], -1)
+            put(of_team, chosen_gmem.at[row], rank, index, (rank < k).astype(jnp.int32))
+
+        each(n, tiling.few, count_near)
         of_team.sync()
-        rank, (_, index) = in_order(of_team, whole, all_keys, all_places)
-        put(of_team, chosen_gmem.at[row], rank, jnp.where(rank < shown, index, -1), (rank < k).astype(jnp.int32))
+        fullest = begin_bins(of_team, of_bins, ends)
+        of_team.sync()
+        few_alike = (n <= tiling.ranked) & (fullest <= MOST_ALIKE)
+
+        @pl.when(few_alike)
+        def _rank():
+            each(n, tiling.few, put_near)
+            of_team.sync()
+            each(jnp.maximum(n, k), tiling.few, put_ranked)
+
+        @pl.when(jnp.logical_not(few_alike))
+        def _sort():
+            of_entries, _ = limit(n, tiling.few, near_keys, lambda here, _: loaded(near, here), least, high, need, turn)
+
+            def keep_best(here, _, inside):
+                key, index = loaded(near_keys, here), loaded(near, here)
+                where = of_entries.first(key, index) & inside
+                append(of_team, sizes.at[pl.ds(2, 1)], where.astype(jnp.int32), (best_keys, key), (best, index))
+
+            each(n, tiling.few, keep_best)
+            of_team.sync()
+            rank, (_, index) = in_order(of_team, whole, all_keys, all_places)
+            put(of_team, chosen_gmem.at[row], rank, jnp.where(rank < shown, index, -1), (rank < k).astype(jnp.int32))
 
     return plgpu.kernel(
         kernel,

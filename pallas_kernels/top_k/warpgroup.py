@@ -73,7 +73,7 @@ def put(team: Team, ref_gmem: Any, index: jax.Array, value: jax.Array, where: ja
         base = utils.memref_ptr(ref)
         for at, i in each_scalar(index):
             address = utils.getelementptr(base, [i], word())
-            _store_if("global", "l", where.registers[at], address, value.registers[at])
+            store_if("global", "l", where.registers[at], address, value.registers[at])
 
     run_mosaic(ref_gmem, index, value, where)
 
@@ -173,7 +173,7 @@ def find(bins_smem: Any, need: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
         total = own[0]
         for other in own[1:]:
             total = arith.addi(total, other)
-        above = arith.subi(_scanned(total, "down"), total)
+        above = arith.subi(scanned(total, "down"), total)
         answers = [constant(-1)] * 3
         for i in reversed(range(PER_LANE)):
             upto = arith.addi(above, own[i])
@@ -214,7 +214,7 @@ def append(team: Team, size_smem: Any, where: jax.Array, *stored: tuple[Any, jax
         for _, w in each_scalar(where):
             taken = arith.addi(taken, w)
         # The last lane knows how many the warp has, and makes room for them.
-        upto = _scanned(taken, "up")
+        upto = scanned(taken, "up")
         ptx = """{ .reg .pred last; .reg .b32 lane, start;
             mov.u32 lane, %laneid;
             setp.eq.u32 last, lane, 31;
@@ -227,7 +227,7 @@ def append(team: Team, size_smem: Any, where: jax.Array, *stored: tuple[Any, jax
         bases = [shared_address(ref) for ref in refs]
         for at, w in each_scalar(where):
             for base, value in zip(bases, values, strict=True):
-                _store_if("shared", "r", where.registers[at], arith.addi(base, place), value.registers[at])
+                store_if("shared", "r", where.registers[at], arith.addi(base, place), value.registers[at])
             place = arith.addi(place, arith.shli(w, constant(2)))
 
     run_mosaic(size_smem, where, *refs, *values)
@@ -263,12 +263,12 @@ def the(x: Any) -> ir.Value:
     return scalar(value) if isinstance(value.type, ir.VectorType) else value
 
 
-def _store_if(space: str, address_kind: str, where: ir.Value, address: ir.Value, value: ir.Value) -> None:
+def store_if(space: str, address_kind: str, where: ir.Value, address: ir.Value, value: ir.Value) -> None:
     args, kinds = [address, scalar(value), is_set(where)], f"{address_kind},r,b,~{{memory}}"
     llvm.inline_asm(None, args, f"@$2 st.{space}.b32 [$0], $1;", kinds, has_side_effects=True)
 
 
-def _scanned(x: ir.Value, way: str) -> ir.Value:
+def scanned(x: ir.Value, way: str) -> ir.Value:
     """The sum of a warp's lanes up to this one ("up"), or from this one on ("down")."""
     edge = {"up": 0, "down": 31}[way]
     for distance in (1, 2, 4, 8, 16):

@@ -35,7 +35,6 @@ from pallas_kernels.top_k.warpgroup import (
     scanned,
     shared_address,
     store_if,
-    the,
     word,
 )
 

@@ -30,107 +30,130 @@ OF_HEADS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 IN_FLIGHT = 2  # accumulators: tokens whose products a consumer has the tensor cores make at once
 
 Issue = Callable[[Any, Any], None]  # accumulator [KEYS, heads] = keys times a token's queries, shared memory [heads, K]
-Release = Callable[[], None]  # buffers have been read
 Store = Callable[[Sequence[jax.Array]], None]  # of float32 [KEYS] for each token
 
 
 class Queries(NamedTuple):
-    """A unit's queries. smem: E4M3 [heads, K] of each token; factors: float32 [heads], its weights and scales.
+    """A unit's queries. smem: E4M3 [heads, K] of each token; factors: float32 [heads], its weights and scales."""
 
-    rows: its tokens in scale_gmem, float32 [tokens, heads], and weights_gmem. For E2M1 keys scales are [tokens, K/32,
-    heads]; far_apart int32 [] is not 0 if the groups of some head have not one and the same, so that no factor will do.
+    smem: Sequence[Any]
+    factors: Sequence[jax.Array]
+
+
+class Fp4Queries(NamedTuple):
+    """Those that FP4 keys are multiplied by. scale_smem: float32 [K/32, heads] of each token; weights float32 [heads].
+
+    far_apart: int32 [], not 0 if some head's groups have not one and the same scale, so that no factor will do.
     """
 
     smem: Sequence[Any]
     factors: Sequence[jax.Array]
-    rows: Sequence[jax.Array]
-    scale_gmem: Any
-    weights_gmem: Any
-    far_apart: Any
-
-    @classmethod
-    def load(cls, smem: Sequence[Any], rows: Sequence[jax.Array], scale_gmem: Any, weights_gmem: Any) -> Queries:
-        weights = [_of_heads(weights_gmem.at[row]).astype(jnp.float32) for row in rows]
-        if len(scale_gmem.shape) == 2:
-            factors = [weight * _of_heads(scale_gmem.at[row]) for row, weight in zip(rows, weights, strict=True)]
-            return cls(smem, factors, rows, scale_gmem, weights_gmem, None)
-        factors, differ = [], []
-        for row, weight in zip(rows, weights, strict=True):
-            first, *others = (_of_heads(scale_gmem.at[row, group]) for group in range(scale_gmem.shape[1]))
-            factors.append(weight * first * (fp4_keys.UNIT**2 * fp4_keys.BOUND))
-            differ += [jnp.where(other != first, fp4_keys.SPREAD + 1, 0) for other in others]
-        far_apart = fp4_keys.anywhere(functools.reduce(jnp.maximum, differ), OF_HEADS) if differ else jnp.int32(0)
-        return cls(smem, factors, rows, scale_gmem, weights_gmem, far_apart)
+    scale_smem: Sequence[Any]
+    weights_gmem: Sequence[Any]
+    far_apart: jax.Array
 
 
-class Fp8Keys(NamedTuple):
-    """codes_smem E4M3 [KEYS, K], which wgmma reads where they are, and scale_smem float32 [KEYS]."""
+def fp8_queries(smem: Sequence[Any], scale_gmem: Sequence[Any], weights_gmem: Sequence[Any]) -> Queries:
+    pairs = zip(weights_gmem, scale_gmem, strict=True)
+    return Queries(smem, [_of_heads(weights).astype(jnp.float32) * _of_heads(scale) for weights, scale in pairs])
 
-    codes_smem: Any
-    scale_smem: Any
-    staged: Any = None
 
-    def score(self, queries: Queries, release: Release, store: Store) -> None:
-        of_keys = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False)
-        scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, self.codes_smem, q.T), _clamped)
-        release()
-        store([score * of_keys for score in scores])
+def fp4_queries(smem: Sequence[Any], scale_smem: Sequence[Any], weights_gmem: Sequence[Any]) -> Fp4Queries:
+    factors, differ = [], []
+    for scale, weights in zip(scale_smem, weights_gmem, strict=True):
+        first, *others = (_of_heads(scale.at[group]) for group in range(scale.shape[0]))
+        factors.append(_of_heads(weights).astype(jnp.float32) * first * (fp4_keys.UNIT**2 * fp4_keys.BOUND))
+        differ += [jnp.where(other != first, fp4_keys.SPREAD + 1, 0) for other in others]
+    far_apart = fp4_keys.anywhere(functools.reduce(jnp.maximum, differ), OF_HEADS) if differ else jnp.int32(0)
+    return Fp4Queries(smem, factors, scale_smem, weights_gmem, far_apart)
+
+
+def unpack_queries(words_gmem: Any, scale_gmem: Any, q_smem: Any, q_scale_smem: Any) -> None:
+    """Makes q_smem E4M3 [64, K], and q_scale_smem float32 [K/32, 64] of it, of 64 rows of packed E2M1 and its scales.
+
+    words_gmem int32 [64, K/8], scale_gmem [64] integers of a byte a group. A row whose scales are near has them folded
+    in, and the largest of them for all of its groups.
+    """
+    rows, width = q_smem.shape
+    words = plgpu.load(words_gmem, layout=fp4_keys.words_layout(width), optimized=False)
+    codes = plgpu.load(scale_gmem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
+    scales = fp4_keys.Scales.of(codes, width)
+    near = scales.largest - jnp.min(scales.own, axis=1) <= fp4_keys.SPREAD
+    near_lanes = fp4_keys.per_lane(near.astype(jnp.int32))
+    q_smem[...] = fp4_keys.folded(words, scales.below * near_lanes, width)
+    for group in range(width // fp4_keys.GROUP):
+        q_scale_smem[group] = fp4_keys.scale_of(jnp.where(near, scales.largest, scales.of_group(group)))
+
+
+def score_fp8(codes_smem: Any, scale_smem: Any, queries: Queries) -> list[jax.Array]:
+    """float32 [KEYS] for each token, of codes E4M3 [KEYS, K], which wgmma reads where they are, and scales [KEYS]."""
+    of_keys = plgpu.load(scale_smem, layout=OF_KEYS, optimized=False)
+    scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, codes_smem, q.T), _clamped)
+    return [score * of_keys for score in scores]
 
 
 class Fp4Keys(NamedTuple):
-    """words_smem int32 [KEYS, K/8] of packed E2M1, and scale_smem, integers [KEYS] of a byte a group."""
+    """words_smem int32 [KEYS, K/8] of packed E2M1, and scale_smem, integers [KEYS] of a byte a group.
+
+    staged: where the interpreter hands codes to its wgmma.
+    """
 
     words_smem: Any
     scale_smem: Any
-    staged: Any = None
+    staged: Any
 
-    def score(self, queries: Queries, release: Release, store: Store) -> None:
-        width = queries.smem[0].shape[1]
-        scales = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
-        far_apart = fp4_keys.far_apart(scales, width) | queries.far_apart
-
-        @pl.when(far_apart == 0)
-        def _folded():
-            codes, of_keys = fp4_keys.folded(self._words(), scales, width)
-            release()
-            issue = lambda accumulator, q: e2m1.multiply(accumulator, codes, q.T, self.staged)  # noqa: E731
-            scores = _weighted(queries, issue, fp4_keys.clamped)
-            store([score * of_keys for score in scores])
+    def score(self, queries: Fp4Queries, store: Store) -> None:
+        """Stores float32 [KEYS] for each token; twice where scales of some key are too far apart to be folded."""
+        scales, width = self._scales(), self._width
+        codes = fp4_keys.folded(self._words(), scales.below, width)
+        far_apart = fp4_keys.anywhere(-scales.below, fp4_keys.EACH_BLOCK) | queries.far_apart
+        scores = _weighted(
+            queries, lambda accumulator, q: e2m1.multiply(accumulator, codes, q.T, self.staged), fp4_keys.clamped
+        )
+        of_keys = fp4_keys.scale_of(scales.largest)
+        store([score * of_keys for score in scores])
 
         @pl.when(far_apart != 0)
-        def _by_group():
-            scores = [self._by_group(scales, queries, token) for token in range(len(queries.rows))]
-            release()
-            store(scores)
+        def _again():
+            store([self._score_by_group(queries, token) for token in range(len(queries.smem))])
 
-    def _words(self) -> jax.Array:
-        _, words = self.words_smem.shape
-        return plgpu.load(self.words_smem, layout=fp4_keys.words_layout(8 * words), optimized=False)
-
-    def _by_group(self, scales: jax.Array, queries: Queries, token: int) -> jax.Array:
+    def _score_by_group(self, queries: Fp4Queries, token: int) -> jax.Array:
         """The scores of one token, from products of one group of channels at a time, each with its scales."""
-        q_smem, row = queries.smem[token], queries.rows[token]
-        heads, width = q_smem.shape
+        q_smem, scale_smem = queries.smem[token], queries.scale_smem[token]
 
         def add(group: jax.Array, sums: jax.Array) -> jax.Array:
-            codes, of_keys = fp4_keys.of_group(self._words(), scales, group, width)
+            codes = fp4_keys.of_group(self._words(), group, self._width)
 
             def multiply(accumulator: Any) -> jax.Array:
                 e2m1.multiply(accumulator, codes, q_smem.T, self.staged)
                 return wgmma_accumulator_load(accumulator, wait_n=0)
 
-            product = pl.run_scoped(multiply, plgpu.ACC((KEYS, heads), jnp.float32))
-            of_heads = _of_heads(queries.scale_gmem.at[row, group])
-            scale = (lax.broadcast_in_dim(x, product.shape, [axis]) for axis, x in enumerate((of_keys, of_heads)))
-            return sums + product * (next(scale) * next(scale))
+            product = pl.run_scoped(multiply, plgpu.ACC((KEYS, q_smem.shape[0]), jnp.float32))
+            of_keys = fp4_keys.scale_of(self._scales().of_group(group))
+            of_heads = _of_heads(scale_smem.at[group])
+            rows, columns = (lax.broadcast_in_dim(x, product.shape, [i]) for i, x in enumerate((of_keys, of_heads)))
+            return sums + product * (rows * columns)
 
-        zero = plgpu.layout_cast(jnp.zeros((KEYS, heads), jnp.float32), plgpu.Layout.WGMMA)
-        sums = lax.fori_loop(0, width // fp4_keys.GROUP, add, zero)
-        weights = _of_heads(queries.weights_gmem.at[row]).astype(jnp.float32)
+        zero = plgpu.layout_cast(jnp.zeros((KEYS, q_smem.shape[0]), jnp.float32), plgpu.Layout.WGMMA)
+        sums = lax.fori_loop(0, self._width // fp4_keys.GROUP, add, zero)
+        weights = _of_heads(queries.weights_gmem[token]).astype(jnp.float32)
         return _sum_over_heads(_clamped(sums), weights * fp4_keys.UNIT**2)
 
+    @property
+    def _width(self) -> int:
+        return 8 * self.words_smem.shape[1]
 
-def _weighted(queries: Queries, issue: Issue, clamp: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
+    def _words(self) -> jax.Array:
+        return plgpu.load(self.words_smem, layout=fp4_keys.words_layout(self._width), optimized=False)
+
+    def _scales(self) -> fp4_keys.Scales:
+        words = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
+        return fp4_keys.Scales.of(words, self._width)
+
+
+def _weighted(
+    queries: Queries | Fp4Queries, issue: Issue, clamp: Callable[[jax.Array], jax.Array]
+) -> list[jax.Array]:
     """float32 [KEYS] for each token: the sum over heads of clamped products times factors."""
 
     def multiply(*accumulators: Any, group: Sequence[int]) -> tuple[jax.Array, ...]:

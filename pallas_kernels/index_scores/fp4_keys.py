@@ -1,12 +1,13 @@
-"""FP4 index keys as wgmma's register operand: E2M1 as E4M3, the scales of a key's groups folded into its codes.
+"""FP4 rows as wgmma's operands: E2M1 as E4M3, the scales of a row's groups folded into its codes.
 
-A key of K channels is K/2 bytes of codes and K/32 UE8M0 scales. Four neighbouring lanes share a key, each a quarter of
-its bytes in one load, and so codes of one group. E2M1 has eight magnitudes: two registers hold the E4M3 bytes of all of
-them, and a byte permutation looks four codes up. Magnitude v of a group whose scale is 2^-d times the key's largest is
-looked up as v 2^(6-d), exactly for d <= SPREAD: adding to all bytes' exponents makes that table from the one of 0.
+A row of K channels, an index key or a head's query, is K/2 bytes of codes and K/32 UE8M0 scales. Four neighbouring
+lanes share a row, each a quarter of its bytes in one load, and so codes of one group. E2M1 has eight magnitudes: two
+registers hold the E4M3 bytes of all of them, and a byte permutation looks four codes up. Magnitude v of a group whose
+scale is 2^-d times the row's largest is looked up as v 2^(6-d), exactly for d <= SPREAD: adding to all bytes' exponents
+makes that table from the one of 0. Where scales of a row are further apart, codes are looked up in the table of 0 and
+one group is multiplied at a time.
 
-Queries have the same form (`as_operand`), their columns in the order in which lanes hold codes. Where scales of a key
-or of a query are further apart, a kernel multiplies one group at a time, from codes that are not folded.
+Columns come in the order in which lanes hold codes, in keys and in queries alike.
 """
 
 # Mosaic's Python is not typed for outsiders.
@@ -14,8 +15,7 @@ or of a query are further apart, a kernel multiplies one group at a time, from c
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -48,12 +48,26 @@ def words_layout(width: int) -> Any:
     )
 
 
-def far_apart(scales: jax.Array, width: int) -> jax.Array:
-    """int32 []: not 0 if some key's scales, int32 [64] of a byte a group, are beyond 2^SPREAD apart."""
-    codes = [_code(scales, group) for group in range(width // GROUP)]
-    if len(codes) == 1:
-        return jnp.int32(0)
-    return anywhere(functools.reduce(jnp.maximum, codes) - functools.reduce(jnp.minimum, codes), OF_KEYS)
+class Scales(NamedTuple):
+    """UE8M0 codes of 64 rows: int32 [64] a byte a group, [64, 4] of each lane's group, and [64] the largest."""
+
+    words: jax.Array
+    own: jax.Array
+    largest: jax.Array
+
+    @classmethod
+    def of(cls, words: jax.Array, width: int) -> Scales:
+        own = (per_lane(words) >> _shift(width)) & 0xFF
+        return cls(words, own, jnp.max(own, axis=1))
+
+    @property
+    def below(self) -> jax.Array:
+        """int32 [64, 4]: how many powers of two a lane's group is below its row's largest, not above 0."""
+        return self.own - per_lane(self.largest)
+
+    def of_group(self, group: Any) -> jax.Array:
+        """int32 [64]: the code of one group."""
+        return (self.words >> (8 * group)) & 0xFF
 
 
 def anywhere(spread: jax.Array, layout: Any) -> jax.Array:
@@ -64,19 +78,16 @@ def anywhere(spread: jax.Array, layout: Any) -> jax.Array:
     return plgpu.inline_mgpu(arg_types=(layout,), return_type=answer)(registers.any_beyond)(spread)
 
 
-def folded(words: jax.Array, scales: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """E4M3 [64, width] of packed codes int32 [64, width / 8] whose scales are near, and float32 [64] of the largest."""
-    largest = functools.reduce(jnp.maximum, [_code(scales, group) for group in range(width // GROUP)])
-    below = ((_per_lane(scales) >> _shift(width)) & 0xFF) - _per_lane(largest)
+def folded(words: jax.Array, below: jax.Array, width: int) -> jax.Array:
+    """E4M3 [64, width] of packed codes int32 [64, width / 8], times 2^below, which is at least -SPREAD."""
     tables = (first + below * one for first, one in zip(TABLE, EXPONENTS, strict=True))
-    return look_up(words, *tables, width), scale_of(largest)
+    return look_up(words, *tables, width)
 
 
-def of_group(words: jax.Array, scales: jax.Array, group: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """E4M3 [64, width] with zeros for all groups but one, and float32 [64] of its scales."""
+def of_group(words: jax.Array, group: jax.Array, width: int) -> jax.Array:
+    """E4M3 [64, width] of packed codes, with zeros for all groups but one."""
     chosen = _shift(width) == 8 * group
-    tables = (jnp.where(chosen, values, 0) for values in TABLE)
-    return look_up(words, *tables, width), scale_of(_code(scales, group))
+    return look_up(words, *(jnp.where(chosen, values, 0) for values in TABLE), width)
 
 
 def scale_of(code: jax.Array) -> jax.Array:
@@ -113,27 +124,7 @@ def by_lanes(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(of_lanes, -4, -2).reshape(x.shape)
 
 
-def as_operand(packed: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """E4M3 [..., H, K] of queries, packed uint8 [..., H, K/2] with UE8M0 uint8 [..., H, K/32], and float32
-    [..., K/32, H]: scales of their groups, all the largest where the codes have it folded in.
-    """
-    codes = jnp.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1, GROUP).astype(jnp.int32)
-    scales = scales.astype(jnp.int32)
-    largest = jnp.max(scales, axis=-1, keepdims=True)
-    near = largest - jnp.min(scales, axis=-1, keepdims=True) <= SPREAD
-    below = jnp.where(near, scales - largest, 0)[..., None]
-    low, high = (first + below * one for first, one in zip(TABLE, EXPONENTS, strict=True))
-    magnitude = (jnp.where(codes & 4, high, low) >> (8 * (codes & 3))) & 0xFF
-    codes = (magnitude | (codes & 8) << 4).astype(jnp.uint8).reshape(*packed.shape[:-1], -1)
-    of_groups = scale_of(jnp.where(near, largest, scales))
-    return lax.bitcast_convert_type(by_lanes(codes), jnp.float8_e4m3fn), jnp.swapaxes(of_groups, -1, -2)
-
-
-def _code(scales: jax.Array, group: Any) -> jax.Array:
-    return (scales >> (8 * group)) & 0xFF
-
-
-def _per_lane(x: jax.Array) -> jax.Array:
+def per_lane(x: jax.Array) -> jax.Array:
     """int32 [64] for each of a key's lanes."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, LANES), [0]), EACH_BLOCK)
 
@@ -174,12 +165,11 @@ def _of_word(word: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
     """The E4M3 bytes of a word's first four codes, and of the others."""
     constant = registers.constant
     magnitudes = arith.andi(word, constant(0x77777777))
+    low_signs = arith.shli(word, constant(4))  # a byte's top bit is the sign of its first code, in `word` of its second
     found = []
-    for half in range(2):
-        picked, signed = (arith.shrui(x, constant(16)) if half else x for x in (magnitudes, word))
-        # Of a nibble with its top bit set a permutation repeats the sign of the byte: 0 where codes are negative.
-        positive = registers.permuted(constant(0x7F7F7F7F), constant(0x7F7F7F7F), signed)
-        sign = arith.andi(arith.xori(positive, constant(0xFFFFFFFF)), constant(0x80808080))
+    for half, order in enumerate(registers.SIGNS):
+        picked = arith.shrui(magnitudes, constant(16)) if half else magnitudes
+        sign = arith.andi(registers.permuted(low_signs, word, constant(order)), constant(0x80808080))
         found.append(arith.ori(registers.permuted(low, high, picked), sign))
     return found
 

@@ -33,7 +33,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.index_scores.consumer import IN_FLIGHT, KEYS, Fp4Keys, Fp8Keys, Queries
+from pallas_kernels.index_scores.consumer import (
+    IN_FLIGHT,
+    KEYS,
+    Fp4Keys,
+    fp4_queries,
+    fp8_queries,
+    score_fp8,
+    unpack_queries,
+)
+from pallas_kernels.index_scores.fp4_keys import GROUP, ROWS
 from pallas_kernels.index_scores.schedule import likely_first, prefetch, walk
 from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, ScoreTiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
@@ -64,15 +73,18 @@ class Keys(NamedTuple):
 def index_scores(
     q: jax.Array, q_scale: jax.Array, weights: jax.Array, keys: Keys, counts: jax.Array, tiling: ScoreTiling
 ) -> jax.Array:
-    """float32 [B, T, C], C the entries rounded up to ITEM, of q E4M3 [B, T, H, K] and weights [B, T, H].
+    """float32 [B, T, C], C the entries rounded up to ITEM, of q [B, T, H, ...] and q_scale and weights [B, T, H].
 
-    q_scale: float32 [B, T, H]; for E2M1 keys, where q is what `fp4_keys.as_operand` makes, [B, T, K/32, H].
+    q and q_scale are as keys are: E4M3 [K] and float32, or E2M1 int32 [K/8] and an integer of a byte a group.
     counts int32 [B, T]: keys that a token wants; scores from the most that a block of tokens wants on are garbage, and
     no page there is looked up. H is a multiple of 8, K 32, 64 or 128; tiling.tokens divides T.
     """
-    batch, t, heads, width = q.shape
+    batch, t, heads, columns_of_q = q.shape
     tokens, stages, teams = tiling.tokens, tiling.stages, tiling.teams
     consumers, fp4 = CONSUMERS * teams, keys.codes.dtype == jnp.int32
+    unpacked, q, q_scale = -(-tokens * heads // ROWS), q.reshape(-1, columns_of_q), q_scale.reshape(-1)
+    if fp4 and (missing := unpacked * ROWS - tokens * heads):  # of the last unit
+        q, q_scale = jnp.pad(q, ((0, missing), (0, 0))), jnp.pad(q_scale, (0, missing))
     of_batch, columns = t // tokens, -(-keys.entries // ITEM) * ITEM
     assert t % tokens == 0, f"{t} tokens in blocks of {tokens}"
     assert stages % teams == 0, f"{stages} buffers for {teams} teams"
@@ -86,6 +98,9 @@ def index_scores(
         copied_smem, codes_smem = (codes_smem, codes_smem) if is_interpreted() or fp4 else codes_smem
         filled, free, q_filled, q_free = (scratch[name] for name in ("filled", "free", "q_filled", "q_free"))
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("sm")
+
+        def of_token(j):
+            return pl.ds(j * heads, heads)
 
         def of_this_block(segment):
             return walk(counts_gmem, keys.entries, block, sms, segment)
@@ -102,11 +117,12 @@ def index_scores(
                 prefetch(table_gmem.at[lax.div(unit, of_batch), pl.ds(page, 1)])
 
             def segment(unit, first, items, segments, done):
-                q_slot = lax.rem(segments, QUERIES)
-                pl.when(segments >= QUERIES)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
-                for j in range(tokens):
-                    source = q_gmem.at[unit * tokens + j]
-                    plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, j], q_filled.at[q_slot])
+                if not fp4:
+                    q_slot = lax.rem(segments, QUERIES)
+                    pl.when(segments >= QUERIES)(lambda: plgpu.barrier_wait(q_free.at[q_slot]))
+                    for j in range(tokens):
+                        source = q_gmem.at[pl.ds((unit * tokens + j) * heads, heads)]
+                        plgpu.copy_gmem_to_smem(source, q_smem.at[q_slot, of_token(j)], q_filled.at[q_slot])
                 sequence = lax.div(unit, of_batch)
                 # Of the last item some pages may lie behind the count, where the table is not to be believed.
                 wanted = counts_gmem[unit, 0]
@@ -137,7 +153,7 @@ def index_scores(
                         plgpu.copy_gmem_to_smem(scale_gmem.at[page, rows], scale_smem.at[slot, held], filled.at[slot])
 
             segments, done = of_this_block(segment)
-            for total, buffers, barrier in ((done, stages, free), (segments, QUERIES, q_free)):
+            for total, buffers, barrier in ((done, stages, free), *([] if fp4 else [(segments, QUERIES, q_free)])):
 
                 @pl.loop(0, buffers)
                 def _wait(i, total=total, buffers=buffers, barrier=barrier):
@@ -150,14 +166,22 @@ def index_scores(
                 plgpu.set_max_registers(registers[1], action="increase")
             team = lax.div(warpgroup, CONSUMERS)
             place = lax.rem(warpgroup, CONSUMERS) * KEYS
+            held = pl.ds(place, KEYS)
             staged = None if scratch["staged"] is None else scratch["staged"].at[warpgroup]
 
             def segment(unit, first, items, segments, done):
                 q_slot = lax.rem(segments, QUERIES)
                 rows = [unit * tokens + j for j in range(tokens)]
-                q_refs = [q_smem.at[q_slot, j] for j in range(tokens)]
-                queries = Queries.load(q_refs, rows, q_scale_gmem, weights_gmem)
-                plgpu.barrier_wait(q_filled.at[q_slot])
+                q_of_tokens = [q_smem.at[q_slot, of_token(j)] for j in range(tokens)]
+                weights_of_tokens = [weights_gmem.at[row] for row in rows]
+                if fp4:
+                    unpack(unit, q_slot)
+                    scales = [scratch["q_scale"].at[q_slot, :, of_token(j)] for j in range(tokens)]
+                    queries = fp4_queries(q_of_tokens, scales, weights_of_tokens)
+                else:
+                    scales = [q_scale_gmem.at[pl.ds(row * heads, heads)] for row in rows]
+                    queries = fp8_queries(q_of_tokens, scales, weights_of_tokens)
+                    plgpu.barrier_wait(q_filled.at[q_slot])
                 ahead = lax.rem(team + teams - lax.rem(done, teams), teams)  # items before this team's first one
 
                 @pl.loop(0, lax.div(items - ahead + (teams - 1), teams))
@@ -165,20 +189,40 @@ def index_scores(
                     i = ahead + turn * teams
                     slot = lax.rem(done + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
-
-                    def release():
-                        plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                        plgpu.barrier_arrive(free.at[slot])
+                    buffers = codes_smem.at[slot, held], scale_smem.at[slot, held]
 
                     def store(scores):
                         for row, score in zip(rows, scores, strict=True):
                             y_gmem[row, pl.ds((first + i) * ITEM + place, KEYS)] = score
 
-                    held = pl.ds(place, KEYS)
-                    buffers = codes_smem.at[slot, held], scale_smem.at[slot, held]
-                    (Fp4Keys if fp4 else Fp8Keys)(*buffers, staged).score(queries, release, store)
+                    if fp4:
+                        Fp4Keys(*buffers, staged).score(queries, store)
+                    else:
+                        scores = score_fp8(*buffers, queries)
+                        plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                        store(scores)
+                    plgpu.barrier_arrive(free.at[slot])
 
-                plgpu.barrier_arrive(q_free.at[q_slot])
+                if not fp4:
+                    plgpu.barrier_arrive(q_free.at[q_slot])
+
+            def unpack(unit, q_slot):
+                """Consumers share a unit's rows of queries. Who waits for the next unit's is done with the last one."""
+
+                @pl.loop(0, lax.div(unpacked - warpgroup + (consumers - 1), consumers))
+                def _rows(turn):
+                    first = (warpgroup + turn * consumers) * ROWS
+                    source, target = (pl.ds(start + first, ROWS) for start in (unit * tokens * heads, 0))
+                    unpack_queries(
+                        q_gmem.at[source],
+                        q_scale_gmem.at[source],
+                        q_smem.at[q_slot, target],
+                        scratch["q_scale"].at[q_slot, :, target],
+                    )
+
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(q_filled.at[q_slot])
+                plgpu.barrier_wait(q_filled.at[q_slot])
 
             of_this_block(segment)
 
@@ -190,16 +234,16 @@ def index_scores(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        scratch_types=_buffers(q, keys, tiling)
+        scratch_types=_buffers(heads, keys, tiling)
         | {
             "filled": plgpu.Barrier(num_arrivals=2 * (ITEM // part), num_barriers=stages),
             "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-            "q_filled": plgpu.Barrier(num_arrivals=tokens, num_barriers=QUERIES),
-            "q_free": plgpu.Barrier(num_arrivals=consumers, num_barriers=QUERIES),
+            "q_filled": plgpu.Barrier(num_arrivals=consumers if fp4 else tokens, num_barriers=QUERIES),
+            "q_free": None if fp4 else plgpu.Barrier(num_arrivals=consumers, num_barriers=QUERIES),
         },
     )(
-        q.reshape(batch * t, heads, width),
-        q_scale.reshape(batch * t, *q_scale.shape[2:]),
+        q,
+        q_scale,
         weights.reshape(batch * t, heads),
         keys.codes,
         keys.scale,
@@ -216,25 +260,28 @@ def registers_of(tiling: ScoreTiling) -> tuple[int, int] | None:
     return (104, 200) if tiling.tokens > IN_FLIGHT else None
 
 
-def _buffers(q: jax.Array, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:
+def _buffers(heads: int, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:
     """Shared memory: queries, keys' codes and scales, and for the interpreter what registers hold otherwise."""
-    _, _, heads, width = q.shape
+    fp4, e4m3 = keys.codes.dtype == jnp.int32, jnp.float8_e4m3fn
+    width = keys.codes.shape[1] * (8 if fp4 else 1)
     swizzle = plgpu.SwizzleTransform(width)
     tiled = plgpu.TilingTransform((8, width)), swizzle
-    shape = tiling.stages, ITEM, keys.codes.shape[1]
-    staged = None
-    if keys.codes.dtype == jnp.int32:
+    shape, rows = (tiling.stages, ITEM, keys.codes.shape[1]), tiling.tokens * heads
+    q_scale = staged = None
+    if fp4:
         # A lane loads a quarter of a key, so that eight lanes, two keys, load from all banks: as it comes is best.
-        codes = plgpu.SMEM(shape, jnp.int32)
+        codes, rows = plgpu.SMEM(shape, jnp.int32), -(-rows // ROWS) * ROWS
+        q_scale = plgpu.SMEM((QUERIES, width // GROUP, rows), jnp.float32)
         if is_interpreted():
-            staged = plgpu.SMEM((CONSUMERS * tiling.teams, KEYS, width), q.dtype, transforms=tiled)
+            staged = plgpu.SMEM((CONSUMERS * tiling.teams, KEYS, width), e4m3, transforms=tiled)
     else:
         # One memory by two names. Rows are a swizzle wide, so that tiles of eight rows lie as rows do; but a copy that
         # knows of tiles begins at a multiple of eight rows, which a page of 66 or so does not.
-        copied, codes = (plgpu.SMEM(shape, q.dtype, transforms=how) for how in ((swizzle,), tiled))
+        copied, codes = (plgpu.SMEM(shape, e4m3, transforms=how) for how in ((swizzle,), tiled))
         codes = codes if is_interpreted() else plgpu.RefUnion(copied, codes)
     return {
-        "q": plgpu.SMEM((QUERIES, tiling.tokens, heads, width), q.dtype, transforms=tiled),
+        "q": plgpu.SMEM((QUERIES, rows, width), e4m3, transforms=tiled),
+        "q_scale": q_scale,
         "codes": codes,
         "scale": plgpu.SMEM((tiling.stages, ITEM), keys.scale.dtype),
         "staged": staged,

@@ -89,18 +89,15 @@ def index_scores(
 
 
 def _queries(q: jax.Array | Rows, form: RowFormat) -> tuple[jax.Array, jax.Array]:
-    """E4M3 [B, T, H, K] and their scales, heads last, as the kernel has them for keys of this format."""
+    """Queries [B, T, H, ...] and their scales [B, T, H] as the kernel has them for keys of this format."""
     assert form.quant is not None, "unsupported_reason refuses plain keys"
     if isinstance(q, Rows):
         codes, scale = q.body, q.scale
     else:
         whole = quantize(q.astype(jnp.float32), form.quant)
-        codes, scale = whole.values, whole.scale
-    if form.quant.element == "e4m3":
-        return codes, scale[..., 0]
-    from pallas_kernels.index_scores.fp4_keys import as_operand
-
-    return as_operand(codes, scale_bytes(scale))
+        codes, scale = whole.values, scale_bytes(whole.scale)
+    of_codes, of_scales, _ = _views(form, q.shape[-1])
+    return _viewed(codes, of_codes), _viewed(scale, of_scales)[..., 0]
 
 
 def keys_of_pages(pages: Pages) -> Keys:
@@ -130,9 +127,8 @@ def keys_of_rows(rows: Rows) -> Keys:
     if missing:
         body, scale = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (body, scale))
     size = entries + missing
-    if scale.dtype == jnp.uint8:
-        codes, of_scales, _ = _views(rows.format, width)
-        body, scale = _viewed(body, codes), _viewed(scale, of_scales)
+    codes, of_scales, _ = _views(rows.format, width)
+    body, scale = _viewed(body, codes), _viewed(scale, of_scales)
     return Keys(body.reshape(batch * size, -1), scale.reshape(batch, size), None, size, size, entries)
 
 
@@ -146,6 +142,8 @@ def _views(form: RowFormat, width: int) -> tuple[DTypeLike, DTypeLike, int]:
 
 def _viewed(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The bytes [..., n] as another dtype."""
+    if x.dtype == dtype:
+        return x
     size = jnp.dtype(dtype).itemsize
     grouped = x if size == 1 else x.reshape(*x.shape[:-1], -1, size)
     return jax.lax.bitcast_convert_type(grouped, dtype)

@@ -30,7 +30,7 @@ EACH_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of
 EACH_BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), (-7,), (-3, -2), -1)
 WORD = 4  # bytes: eight packed codes, or four E4M3 ones, or the scales of a block
 # Of a word shifted left by 4 and the word itself, the bytes whose top bits are the signs of four codes.
-_SIGNS = 0x5140, 0x7362
+SIGNS = 0x5140, 0x7362
 
 
 def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
@@ -44,7 +44,7 @@ def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.Fra
         value = vector.extract(vector.bitcast(one_word, word), [], [0])
         magnitudes = arith.andi(value, constant(0x77777777))
         signs = arith.shli(value, constant(4))
-        for half, order in enumerate(_SIGNS):
+        for half, order in enumerate(SIGNS):
             picked = arith.shrui(magnitudes, constant(16)) if half else magnitudes
             sign = arith.andi(permuted(signs, value, constant(order)), constant(0x80808080))
             four = vector.broadcast(one_word, arith.ori(permuted(low, high, picked), sign))

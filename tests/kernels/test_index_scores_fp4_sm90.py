@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.device import KINDS, pretend
-from pallas_kernels.index_scores import kernel_sm90, sm90
-from pallas_kernels.index_scores.fp4_keys import SPREAD, UNIT, as_operand, by_lanes
+from pallas_kernels.index_scores import sm90
 from pallas_kernels.index_scores.tiling import ScoreTiling
-from pallas_kernels.mosaic import interpreted
+from pallas_kernels.mosaic.e2m1_registers import SPREAD
 from pallas_kernels.quant import Rows, decode_rows, encode_rows, paged
 from pallas_kernels.row_format import index_format
 from tests.kernels.test_index_scores_sm90 import assert_scored, hide, refusal, run_kernel, shape, table_of
@@ -64,16 +63,6 @@ def test_scales_that_no_table_holds(spreads, width):
     assert_scored(run_kernel(q, keys, weights, jnp.asarray(counts)), q, keys, weights, counts)
 
 
-@pytest.mark.parametrize("spread", [NEAR, FAR])
-def test_queries_as_an_operand_are_exact(spread):
-    q = rows(np.random.default_rng(0), (3, 50, WIDTH), spread)
-    codes, scales = as_operand(q.body, q.scale)
-    assert codes.dtype == jnp.float8_e4m3fn
-    of_channels = by_lanes(jnp.repeat(jnp.swapaxes(scales, -1, -2), 32, axis=-1))
-    got = codes.astype(jnp.float32) * UNIT * of_channels
-    np.testing.assert_array_equal(got, by_lanes(decode_rows(q, jnp.float32)))
-
-
 def test_values_are_quantised_as_the_keys_are():
     """Queries of values on the format's grid come out as they are, and so do the scores of encoded ones."""
     rng = np.random.default_rng(0)
@@ -83,16 +72,12 @@ def test_values_are_quantised_as_the_keys_are():
     assert_scored(run_kernel(decode_rows(q, jnp.bfloat16), keys, weights), q, keys, weights, counts)
 
 
-def test_teams_take_turns():
+def test_teams_take_turns(monkeypatch):
     """Two pairs of warpgroups, and units whose items do not come out even."""
-    q, keys, weights = operands(3, 1, 640, spreads=(NEAR, NEAR))
+    monkeypatch.setattr(sm90, "default_tiling", lambda *_: ScoreTiling(1, 4, 2))
+    q, keys, weights = operands(3, 1, 640)
     counts = np.array([[640], [100], [390]], np.int32)
-    codes, scale = as_operand(q.body, q.scale)
-    tiling = ScoreTiling(1, 4, 2)
-    with interpreted():
-        args = codes, scale, weights, sm90.keys_of_rows(keys), jnp.asarray(counts)
-        got = np.asarray(jax.block_until_ready(kernel_sm90.index_scores(*args, tiling)))
-    assert_scored(got, q, keys, weights, counts)
+    assert_scored(run_kernel(q, keys, weights, jnp.asarray(counts)), q, keys, weights, counts)
 
 
 @pytest.mark.parametrize(("width", "page", "taken"), [(128, 32, "32, 64, and "), (64, 32, "64, and "), (32, 64, "")])

@@ -33,63 +33,67 @@ Issue = Callable[[Any, Any], None]  # accumulator [KEYS, heads] = keys times a t
 Store = Callable[[Sequence[jax.Array]], None]  # of float32 [KEYS] for each token
 
 
-class Queries(NamedTuple):
-    """A unit's queries. smem: E4M3 [heads, K] of each token; factors: float32 [heads], its weights and scales."""
-
-    smem: Sequence[Any]
-    factors: Sequence[jax.Array]
-
-
 class Fp4Queries(NamedTuple):
-    """Those that FP4 keys are multiplied by. scale_smem: float32 [K/32, heads] of each token; weights float32 [heads].
+    """Those that FP4 keys are multiplied by. smem: E4M3 [heads, K] of each token; factor_smem float32 [heads]: its
+    weights and scales; scale_smem float32 [K/32, heads]; weights_gmem [heads].
 
     far_apart: int32 [], not 0 if some head's groups have not one and the same scale, so that no factor will do.
     """
 
     smem: Sequence[Any]
-    factors: Sequence[jax.Array]
+    factor_smem: Sequence[Any]
     scale_smem: Sequence[Any]
     weights_gmem: Sequence[Any]
     far_apart: jax.Array
 
-
-def fp8_queries(smem: Sequence[Any], scale_gmem: Sequence[Any], weights_gmem: Sequence[Any]) -> Queries:
-    pairs = zip(weights_gmem, scale_gmem, strict=True)
-    return Queries(smem, [_of_heads(weights).astype(jnp.float32) * _of_heads(scale) for weights, scale in pairs])
-
-
-def fp4_queries(smem: Sequence[Any], scale_smem: Sequence[Any], weights_gmem: Sequence[Any]) -> Fp4Queries:
-    factors, differ = [], []
-    for scale, weights in zip(scale_smem, weights_gmem, strict=True):
-        first, *others = (_of_heads(scale.at[group]) for group in range(scale.shape[0]))
-        factors.append(_of_heads(weights).astype(jnp.float32) * first * (fp4_keys.UNIT**2 * fp4_keys.BOUND))
-        differ += [jnp.where(other != first, fp4_keys.SPREAD + 1, 0) for other in others]
-    far_apart = fp4_keys.anywhere(functools.reduce(jnp.maximum, differ), OF_HEADS) if differ else jnp.int32(0)
-    return Fp4Queries(smem, factors, scale_smem, weights_gmem, far_apart)
+    @classmethod
+    def of(
+        cls, smem: Sequence[Any], factor_smem: Sequence[Any], scale_smem: Sequence[Any], weights_gmem: Sequence[Any]
+    ) -> Fp4Queries:
+        differ = []
+        for scale in scale_smem:
+            first, *others = (_of_heads(scale.at[group]) for group in range(scale.shape[0]))
+            differ += [jnp.where(other != first, fp4_keys.SPREAD + 1, 0) for other in others]
+        far_apart = fp4_keys.anywhere(functools.reduce(jnp.maximum, differ), OF_HEADS) if differ else jnp.int32(0)
+        return cls(smem, factor_smem, scale_smem, weights_gmem, far_apart)
 
 
-def unpack_queries(words_gmem: Any, scale_gmem: Any, q_smem: Any, q_scale_smem: Any) -> None:
-    """Makes q_smem E4M3 [64, K], and q_scale_smem float32 [K/32, 64] of it, of 64 rows of packed E2M1 and its scales.
+def unpack_queries(packed: tuple[Any, Any, Any], q_smem: Any, q_scale_smem: Any, factor_smem: Any) -> None:
+    """Makes of 64 rows q_smem E4M3 [64, K], q_scale_smem float32 [K/32, 64] and factor_smem float32 [64].
 
-    words_gmem int32 [64, K/8], scale_gmem [64] integers of a byte a group. A row whose scales are near has them folded
-    in, and the largest of them for all of its groups.
+    packed: E2M1 int32 [64, K/8], scales [64], integers of a byte a group, and weights [64], in memory. A row whose scales
+    are near has them folded in, and the largest of them for all of its groups.
     """
-    rows, width = q_smem.shape
+    words_gmem, scale_gmem, weights_gmem = packed
+    _, width = q_smem.shape
     words = plgpu.load(words_gmem, layout=fp4_keys.words_layout(width), optimized=False)
-    codes = plgpu.load(scale_gmem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
-    scales = fp4_keys.Scales.of(codes, width)
+    codes, weights = (plgpu.load(x, layout=OF_KEYS, optimized=False) for x in (scale_gmem, weights_gmem))
+    scales = fp4_keys.Scales.of(codes.astype(jnp.int32), width)
     near = scales.largest - jnp.min(scales.own, axis=1) <= fp4_keys.SPREAD
-    near_lanes = fp4_keys.per_lane(near.astype(jnp.int32))
-    q_smem[...] = fp4_keys.folded(words, scales.below * near_lanes, width)
+    q_smem[...] = fp4_keys.folded(words, scales.below * fp4_keys.per_lane(near.astype(jnp.int32)), width)
+    largest = fp4_keys.scale_of(scales.largest)
+    factor_smem[...] = weights.astype(jnp.float32) * largest * (fp4_keys.UNIT**2 * fp4_keys.BOUND)
     for group in range(width // fp4_keys.GROUP):
-        q_scale_smem[group] = fp4_keys.scale_of(jnp.where(near, scales.largest, scales.of_group(group)))
+        q_scale_smem[group] = jnp.where(near, largest, fp4_keys.scale_of(scales.of_group(group)))
 
 
-def score_fp8(codes_smem: Any, scale_smem: Any, queries: Queries) -> list[jax.Array]:
+def fp8_factors(scale_gmem: Sequence[Any], weights_gmem: Sequence[Any]) -> list[jax.Array]:
+    """float32 [heads] of each token: what its clamped products are multiplied by."""
+    pairs = zip(weights_gmem, scale_gmem, strict=True)
+    return [_of_heads(weights).astype(jnp.float32) * _of_heads(scale) for weights, scale in pairs]
+
+
+def score_fp8(codes_smem: Any, scale_smem: Any, q_smem: Sequence[Any], factors: Sequence[jax.Array]) -> list[jax.Array]:
     """float32 [KEYS] for each token, of codes E4M3 [KEYS, K], which wgmma reads where they are, and scales [KEYS]."""
     of_keys = plgpu.load(scale_smem, layout=OF_KEYS, optimized=False)
-    scores = _weighted(queries, lambda accumulator, q: plgpu.wgmma(accumulator, codes_smem, q.T), _clamped)
-    return [score * of_keys for score in scores]
+
+    def issue(accumulator: Any, q: Any) -> None:
+        plgpu.wgmma(accumulator, codes_smem, q.T)
+
+    def reduce(product: jax.Array, token: int) -> jax.Array:
+        return _sum_over_heads(_clamped(product), factors[token])
+
+    return [score * of_keys for score in _each_token(q_smem, issue, reduce)]
 
 
 class Fp4Keys(NamedTuple):
@@ -107,9 +111,14 @@ class Fp4Keys(NamedTuple):
         scales, width = self._scales(), self._width
         codes = fp4_keys.folded(self._words(), scales.below, width)
         far_apart = fp4_keys.anywhere(-scales.below, fp4_keys.EACH_BLOCK) | queries.far_apart
-        scores = _weighted(
-            queries, lambda accumulator, q: e2m1.multiply(accumulator, codes, q.T, self.staged), fp4_keys.clamped
-        )
+
+        def issue(accumulator: Any, q: Any) -> None:
+            e2m1.multiply(accumulator, codes, q.T, self.staged)
+
+        def reduce(product: jax.Array, token: int) -> jax.Array:
+            return _sum_over_heads(fp4_keys.clamped(product), _of_heads(queries.factor_smem[token]))
+
+        scores = _each_token(queries.smem, issue, reduce)
         of_keys = fp4_keys.scale_of(scales.largest)
         store([score * of_keys for score in scores])
 
@@ -151,21 +160,18 @@ class Fp4Keys(NamedTuple):
         return fp4_keys.Scales.of(words, self._width)
 
 
-def _weighted(
-    queries: Queries | Fp4Queries, issue: Issue, clamp: Callable[[jax.Array], jax.Array]
-) -> list[jax.Array]:
-    """float32 [KEYS] for each token: the sum over heads of clamped products times factors."""
+def _each_token(q_smem: Sequence[Any], issue: Issue, reduce: Callable[[jax.Array, int], jax.Array]) -> list[jax.Array]:
+    """reduce(products float32 [KEYS, heads], token) for each token; one is reduced while the next one's products run."""
 
     def multiply(*accumulators: Any, group: Sequence[int]) -> tuple[jax.Array, ...]:
         for accumulator, token in zip(accumulators, group, strict=True):
-            issue(accumulator, queries.smem[token])
+            issue(accumulator, q_smem[token])
         scores = []
         for left, accumulator, token in zip(reversed(range(len(group))), accumulators, group, strict=True):
-            product = wgmma_accumulator_load(accumulator, wait_n=left)
-            scores.append(_sum_over_heads(clamp(product), queries.factors[token]))
+            scores.append(reduce(wgmma_accumulator_load(accumulator, wait_n=left), token))
         return tuple(scores)
 
-    tokens, (heads, _) = len(queries.smem), queries.smem[0].shape
+    tokens, (heads, _) = len(q_smem), q_smem[0].shape
     scores = []
     for begin in range(0, tokens, IN_FLIGHT):
         group = range(begin, min(begin + IN_FLIGHT, tokens))

@@ -37,8 +37,8 @@ from pallas_kernels.index_scores.consumer import (
     IN_FLIGHT,
     KEYS,
     Fp4Keys,
-    fp4_queries,
-    fp8_queries,
+    Fp4Queries,
+    fp8_factors,
     score_fp8,
     unpack_queries,
 )
@@ -82,9 +82,10 @@ def index_scores(
     batch, t, heads, columns_of_q = q.shape
     tokens, stages, teams = tiling.tokens, tiling.stages, tiling.teams
     consumers, fp4 = CONSUMERS * teams, keys.codes.dtype == jnp.int32
-    unpacked, q, q_scale = -(-tokens * heads // ROWS), q.reshape(-1, columns_of_q), q_scale.reshape(-1)
-    if fp4 and (missing := unpacked * ROWS - tokens * heads):  # of the last unit
-        q, q_scale = jnp.pad(q, ((0, missing), (0, 0))), jnp.pad(q_scale, (0, missing))
+    q, q_scale, weights = q.reshape(-1, columns_of_q), q_scale.reshape(-1), weights.reshape(-1)
+    unpacked = -(-tokens * heads // ROWS)  # blocks of ROWS that a unit's rows are unpacked in
+    if fp4 and (missing := unpacked * ROWS - tokens * heads):  # behind the last unit's
+        q, q_scale, weights = (jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) for x in (q, q_scale, weights))
     of_batch, columns = t // tokens, -(-keys.entries // ITEM) * ITEM
     assert t % tokens == 0, f"{t} tokens in blocks of {tokens}"
     assert stages % teams == 0, f"{stages} buffers for {teams} teams"
@@ -173,14 +174,16 @@ def index_scores(
                 q_slot = lax.rem(segments, QUERIES)
                 rows = [unit * tokens + j for j in range(tokens)]
                 q_of_tokens = [q_smem.at[q_slot, of_token(j)] for j in range(tokens)]
-                weights_of_tokens = [weights_gmem.at[row] for row in rows]
+                scales, weights = (
+                    [x.at[pl.ds(row * heads, heads)] for row in rows] for x in (q_scale_gmem, weights_gmem)
+                )
                 if fp4:
                     unpack(unit, q_slot)
+                    factors = [scratch["factor"].at[q_slot, of_token(j)] for j in range(tokens)]
                     scales = [scratch["q_scale"].at[q_slot, :, of_token(j)] for j in range(tokens)]
-                    queries = fp4_queries(q_of_tokens, scales, weights_of_tokens)
+                    queries = Fp4Queries.of(q_of_tokens, factors, scales, weights)
                 else:
-                    scales = [q_scale_gmem.at[pl.ds(row * heads, heads)] for row in rows]
-                    queries = fp8_queries(q_of_tokens, scales, weights_of_tokens)
+                    factors = fp8_factors(scales, weights)
                     plgpu.barrier_wait(q_filled.at[q_slot])
                 ahead = lax.rem(team + teams - lax.rem(done, teams), teams)  # items before this team's first one
 
@@ -198,7 +201,7 @@ def index_scores(
                     if fp4:
                         Fp4Keys(*buffers, staged).score(queries, store)
                     else:
-                        scores = score_fp8(*buffers, queries)
+                        scores = score_fp8(*buffers, q_of_tokens, factors)
                         plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
                         store(scores)
                     plgpu.barrier_arrive(free.at[slot])
@@ -213,12 +216,12 @@ def index_scores(
                 def _rows(turn):
                     first = (warpgroup + turn * consumers) * ROWS
                     source, target = (pl.ds(start + first, ROWS) for start in (unit * tokens * heads, 0))
-                    unpack_queries(
-                        q_gmem.at[source],
-                        q_scale_gmem.at[source],
-                        q_smem.at[q_slot, target],
+                    packed = q_gmem.at[source], q_scale_gmem.at[source], weights_gmem.at[source]
+                    q_scale_smem, factor_smem = (
                         scratch["q_scale"].at[q_slot, :, target],
+                        scratch["factor"].at[q_slot, target],
                     )
+                    unpack_queries(packed, q_smem.at[q_slot, target], q_scale_smem, factor_smem)
 
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(q_filled.at[q_slot])
@@ -244,7 +247,7 @@ def index_scores(
     )(
         q,
         q_scale,
-        weights.reshape(batch * t, heads),
+        weights,
         keys.codes,
         keys.scale,
         keys.table,
@@ -267,11 +270,11 @@ def _buffers(heads: int, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:
     swizzle = plgpu.SwizzleTransform(width)
     tiled = plgpu.TilingTransform((8, width)), swizzle
     shape, rows = (tiling.stages, ITEM, keys.codes.shape[1]), tiling.tokens * heads
-    q_scale = staged = None
+    q_scale = factor = staged = None
     if fp4:
         # A lane loads a quarter of a key, so that eight lanes, two keys, load from all banks: as it comes is best.
         codes, rows = plgpu.SMEM(shape, jnp.int32), -(-rows // ROWS) * ROWS
-        q_scale = plgpu.SMEM((QUERIES, width // GROUP, rows), jnp.float32)
+        q_scale, factor = (plgpu.SMEM((QUERIES, *lines, rows), jnp.float32) for lines in ((width // GROUP,), ()))
         if is_interpreted():
             staged = plgpu.SMEM((CONSUMERS * tiling.teams, KEYS, width), e4m3, transforms=tiled)
     else:
@@ -282,6 +285,7 @@ def _buffers(heads: int, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:
     return {
         "q": plgpu.SMEM((QUERIES, rows, width), e4m3, transforms=tiled),
         "q_scale": q_scale,
+        "factor": factor,
         "codes": codes,
         "scale": plgpu.SMEM((tiling.stages, ITEM), keys.scale.dtype),
         "staged": staged,

@@ -40,13 +40,14 @@ from pallas_kernels.top_k.sort import in_order
 from pallas_kernels.top_k.team import Team
 from pallas_kernels.top_k.tiling import BLOCK, RowTiling
 from pallas_kernels.top_k.warpgroup import (
-    BINS,
+    HELD_BINS,
     append,
     bound,
     count,
     find,
     in_lanes,
     look_up,
+    look_up_four,
     put,
     width,
 )
@@ -60,7 +61,6 @@ WITHOUT_BARRIERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 def top_k(scores: jax.Array, k: int, counts: jax.Array, tiling: RowTiling) -> jax.Array:
     """`reference.top_k` of scores [rows, C] float32 and counts [rows] int32; tiling.py has the limits."""
-    counts = jnp.clip(counts, 0, scores.shape[1])
     if tiling.tile == 1:
         return choose(scores, scores, counts, k, tiling)
     return choose(scores, maxima(scores, counts, tiling.tile), counts, k, tiling)
@@ -85,7 +85,7 @@ def maxima(scores: jax.Array, counts: jax.Array, tile: int) -> jax.Array:
 
     def kernel(scores_gmem, counts_gmem, maxima_gmem):
         row, first = lax.axis_index("row"), lax.axis_index("block") * tiles
-        shown = counts_gmem[row] - first * tile
+        shown = jnp.minimum(counts_gmem[row], columns) - first * tile
 
         @pl.when(shown > 0)
         def _maxima():
@@ -122,7 +122,7 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         "all_keys": plgpu.SMEM((tiling.held_keys,), jnp.int32),
         "all_places": plgpu.SMEM((tiling.held_places,), jnp.int32),
         "picked": plgpu.SMEM((tiling.picked,), jnp.int32),
-        "bins": plgpu.SMEM((TURNS, BINS), jnp.int32),
+        "bins": plgpu.SMEM((TURNS, HELD_BINS), jnp.int32),
         "sizes": plgpu.SMEM((3,), jnp.int32),
         "bounds": plgpu.SMEM((2,), jnp.int32),
         "ends": plgpu.SMEM((ENDS,), jnp.int32),
@@ -138,7 +138,7 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         near_keys, near = (x.at[pl.ds(tiling.near_from, tiling.near)] for x in (all_keys, all_places))
         keys = all_keys.at[pl.ds(tiling.keys_from, tiling.keys)]
         row, of_team = lax.axis_index("row"), Team(lax.axis_index("warpgroup"), warpgroups, barrier)
-        scores_of_row, shown = scores_gmem.at[row], counts_gmem[row]
+        scores_of_row, shown = scores_gmem.at[row], jnp.clip(counts_gmem[row], 0, scores.shape[1])
 
         def each(n: Any, chunk: int, body: Callable[[Any, Any, Any], None]) -> None:
             """body(the slice that is a chunk, the places in it, which are below n)."""
@@ -212,22 +212,26 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
             keys[here] = key
             bound(of_team, bounds, key)
 
-        def keep_near(where, key, index):
-            append(of_team, sizes.at[pl.ds(1, 1)], where.astype(jnp.int32), (near_keys, key), (near, index))
+        def keep_near(where, keys, indices):
+            where = [x.astype(jnp.int32) for x in where]
+            append(of_team, sizes.at[pl.ds(1, 1)], where, (near_keys, keys), (near, indices))
 
         def keep_entry(here, place, inside):
             key = loaded(keys, here)
-            keep_near(of_tiles.first(key, place) & inside, key, place)
+            keep_near([of_tiles.first(key, place) & inside], [key], [place])
 
         def keep_tile(here, place, inside):
             where = of_tiles.first(loaded(keys, here), place) & inside
-            append(of_team, sizes.at[pl.ds(0, 1)], where.astype(jnp.int32), (picked, place))
+            append(of_team, sizes.at[pl.ds(0, 1)], [where.astype(jnp.int32)], (picked, [place]))
 
-        def keep_candidate(_, place, inside):
-            at = jnp.where(inside, place, 0)
-            index = look_up(picked, lax.div(at, tile)) * tile + lax.rem(at, tile)
-            key = ordered(look_up(scores_of_row, index))
-            keep_near(inside & (key >= least) & (index < shown), key, index)
+        def keep_candidates(_, place, inside):
+            """`place` counts four neighbours of a tile, which are loaded at once."""
+            at, bits = jnp.where(inside, place, 0), (tile // 4).bit_length() - 1
+            first = look_up(picked, at >> bits) * tile + (at & (tile // 4 - 1)) * 4
+            keys = [ordered(x) for x in look_up_four(scores_of_row, first)]
+            indices = [first + i for i in range(4)]
+            pairs = zip(keys, indices, strict=True)
+            keep_near([inside & (key >= least) & (index < shown) for key, index in pairs], keys, indices)
 
         @pl.when(of_team.member == 0)
         def _start():
@@ -253,8 +257,7 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         else:
             each(seen_tiles, tiling.chunk, keep_tile)
             of_team.sync()
-            candidates = sizes[0] * tile
-            each(candidates, tiling.gather, keep_candidate)
+            each(sizes[0] * (tile // 4), tiling.gather, keep_candidates)
         of_team.sync()
         n, need = sizes[1], jnp.minimum(k, shown)
         base, span, shift = digits_of(least, high - least)
@@ -294,7 +297,7 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
             def keep_best(here, _, inside):
                 key, index = loaded(near_keys, here), loaded(near, here)
                 where = of_entries.first(key, index) & inside
-                append(of_team, sizes.at[pl.ds(2, 1)], where.astype(jnp.int32), (best_keys, key), (best, index))
+                append(of_team, sizes.at[pl.ds(2, 1)], [where.astype(jnp.int32)], (best_keys, [key]), (best, [index]))
 
             each(n, tiling.few, keep_best)
             of_team.sync()

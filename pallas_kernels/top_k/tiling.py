@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 BLOCK = 2048  # entries of a thread block that looks for maxima
 LANES = 128
-CHUNK, LOAD, GATHER, FEW = 8, 32, 24, 2  # the most of a thread at once; see RowTiling
+CHUNK, LOAD, GATHER, FEW = 8, 32, 6, 2  # the most of a thread at once; see RowTiling
 WARPGROUPS = 4
 SINGLE = 8192  # entries up to which tiles are single entries
 MOST_CHOSEN, MOST_ENTRIES = 2048, 262144
@@ -19,7 +19,7 @@ class RowTiling(NamedTuple):
     """tile: entries a tile. spare: tiles that may be chosen above k.
 
     load, chunk, gather, few: how much a warpgroup looks at at once: tiles that come from afar, tiles in shared memory,
-    entries that come from afar, entries in shared memory.
+    fours of entries that come from afar, entries in shared memory.
     keys, picked, near, ranked, sorted_entries: for how many there is room in shared memory: tiles, chosen tiles, the
     entries of these, and the best ones, bin after bin or where those are sorted. The best lie in front; behind them the
     near ones; tiles where these are later, but for tiles of single entries.
@@ -78,7 +78,7 @@ def tiled(columns: int, k: int, tile: int, warpgroups: int | None = None) -> Row
     def room(n: int, *chunks: int) -> int:
         return max(-(-n // (warpgroups * chunk)) * warpgroups * chunk for chunk in chunks)
 
-    load, passed, gather, few = chunk(LOAD, tiles), chunk(CHUNK, tiles), chunk(GATHER, near), chunk(FEW, near)
+    load, passed, gather, few = chunk(LOAD, tiles), chunk(CHUNK, tiles), chunk(GATHER, near // 4), chunk(FEW, near)
     return RowTiling(
         tile, warpgroups, spare, load, passed, gather, few,
         room(tiles, load, passed), picked, max(room(near, few), whole), room(ranked, few), whole,

@@ -61,8 +61,8 @@ class Fp4Queries(NamedTuple):
 def unpack_queries(packed: tuple[Any, Any, Any], q_smem: Any, q_scale_smem: Any, factor_smem: Any) -> None:
     """Makes of 64 rows q_smem E4M3 [64, K], q_scale_smem float32 [K/32, 64] and factor_smem float32 [64].
 
-    packed: E2M1 int32 [64, K/8], scales [64], integers of a byte a group, and weights [64], in memory. A row whose scales
-    are near has them folded in, and the largest of them for all of its groups.
+    packed: E2M1 int32 [64, K/8], scales [64], integers of a byte a group, and weights [64], in memory. A row whose
+    scales are near has them folded in, and the largest of them for all of its groups.
     """
     words_gmem, scale_gmem, weights_gmem = packed
     _, width = q_smem.shape
@@ -83,8 +83,10 @@ def fp8_factors(scale_gmem: Sequence[Any], weights_gmem: Sequence[Any]) -> list[
     return [_of_heads(weights).astype(jnp.float32) * _of_heads(scale) for weights, scale in pairs]
 
 
-def score_fp8(codes_smem: Any, scale_smem: Any, q_smem: Sequence[Any], factors: Sequence[jax.Array]) -> list[jax.Array]:
-    """float32 [KEYS] for each token, of codes E4M3 [KEYS, K], which wgmma reads where they are, and scales [KEYS]."""
+def score_fp8(
+    q_smem: Sequence[Any], factors: Sequence[jax.Array], codes_smem: Any, scale_smem: Any, store: Store
+) -> None:
+    """Stores float32 [KEYS] for each token, of codes E4M3 [KEYS, K], which wgmma reads where they are, and scales."""
     of_keys = plgpu.load(scale_smem, layout=OF_KEYS, optimized=False)
 
     def issue(accumulator: Any, q: Any) -> None:
@@ -93,75 +95,80 @@ def score_fp8(codes_smem: Any, scale_smem: Any, q_smem: Sequence[Any], factors: 
     def reduce(product: jax.Array, token: int) -> jax.Array:
         return _sum_over_heads(_clamped(product), factors[token])
 
-    return [score * of_keys for score in _each_token(q_smem, issue, reduce)]
+    scores = _each_token(q_smem, issue, reduce)
+    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+    store([score * of_keys for score in scores])
 
 
-class Fp4Keys(NamedTuple):
-    """words_smem int32 [KEYS, K/8] of packed E2M1, and scale_smem, integers [KEYS] of a byte a group.
+def score_fp4(queries: Fp4Queries, staged: Any, words_smem: Any, scale_smem: Any, store: Store) -> None:
+    """Stores float32 [KEYS] for each token, twice where scales of some key are too far apart to be folded.
 
-    staged: where the interpreter hands codes to its wgmma.
+    words_smem: int32 [KEYS, K/8] of packed E2M1; scale_smem: integers [KEYS] of a byte a group. staged: where the
+    interpreter hands codes to its wgmma.
     """
+    keys = _Fp4Keys(words_smem, scale_smem, staged)
+    scales = keys.scales()
+    codes = fp4_keys.folded(keys.words(), scales.below, keys.width)
+    far_apart = fp4_keys.anywhere(-scales.below, fp4_keys.EACH_BLOCK) | queries.far_apart
+
+    def issue(accumulator: Any, q: Any) -> None:
+        e2m1.multiply(accumulator, codes, q.T, staged)
+
+    def reduce(product: jax.Array, token: int) -> jax.Array:
+        return _sum_over_heads(fp4_keys.clamped(product), _of_heads(queries.factor_smem[token]))
+
+    scores = _each_token(queries.smem, issue, reduce)
+    of_keys = fp4_keys.scale_of(scales.largest)
+    store([score * of_keys for score in scores])
+
+    @pl.when(far_apart != 0)
+    def _again():
+        store([_score_by_group(keys, queries, token) for token in range(len(queries.smem))])
+
+
+class _Fp4Keys(NamedTuple):
+    """What `score_fp4` has of an item."""
 
     words_smem: Any
     scale_smem: Any
     staged: Any
 
-    def score(self, queries: Fp4Queries, store: Store) -> None:
-        """Stores float32 [KEYS] for each token; twice where scales of some key are too far apart to be folded."""
-        scales, width = self._scales(), self._width
-        codes = fp4_keys.folded(self._words(), scales.below, width)
-        far_apart = fp4_keys.anywhere(-scales.below, fp4_keys.EACH_BLOCK) | queries.far_apart
-
-        def issue(accumulator: Any, q: Any) -> None:
-            e2m1.multiply(accumulator, codes, q.T, self.staged)
-
-        def reduce(product: jax.Array, token: int) -> jax.Array:
-            return _sum_over_heads(fp4_keys.clamped(product), _of_heads(queries.factor_smem[token]))
-
-        scores = _each_token(queries.smem, issue, reduce)
-        of_keys = fp4_keys.scale_of(scales.largest)
-        store([score * of_keys for score in scores])
-
-        @pl.when(far_apart != 0)
-        def _again():
-            store([self._score_by_group(queries, token) for token in range(len(queries.smem))])
-
-    def _score_by_group(self, queries: Fp4Queries, token: int) -> jax.Array:
-        """The scores of one token, from products of one group of channels at a time, each with its scales."""
-        q_smem, scale_smem = queries.smem[token], queries.scale_smem[token]
-
-        def add(group: jax.Array, sums: jax.Array) -> jax.Array:
-            codes = fp4_keys.of_group(self._words(), group, self._width)
-
-            def multiply(accumulator: Any) -> jax.Array:
-                e2m1.multiply(accumulator, codes, q_smem.T, self.staged)
-                return wgmma_accumulator_load(accumulator, wait_n=0)
-
-            product = pl.run_scoped(multiply, plgpu.ACC((KEYS, q_smem.shape[0]), jnp.float32))
-            of_keys = fp4_keys.scale_of(self._scales().of_group(group))
-            of_heads = _of_heads(scale_smem.at[group])
-            rows, columns = (lax.broadcast_in_dim(x, product.shape, [i]) for i, x in enumerate((of_keys, of_heads)))
-            return sums + product * (rows * columns)
-
-        zero = plgpu.layout_cast(jnp.zeros((KEYS, q_smem.shape[0]), jnp.float32), plgpu.Layout.WGMMA)
-        sums = lax.fori_loop(0, self._width // fp4_keys.GROUP, add, zero)
-        weights = _of_heads(queries.weights_gmem[token]).astype(jnp.float32)
-        return _sum_over_heads(_clamped(sums), weights * fp4_keys.UNIT**2)
-
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
         return 8 * self.words_smem.shape[1]
 
-    def _words(self) -> jax.Array:
-        return plgpu.load(self.words_smem, layout=fp4_keys.words_layout(self._width), optimized=False)
+    def words(self) -> jax.Array:
+        return plgpu.load(self.words_smem, layout=fp4_keys.words_layout(self.width), optimized=False)
 
-    def _scales(self) -> fp4_keys.Scales:
+    def scales(self) -> fp4_keys.Scales:
         words = plgpu.load(self.scale_smem, layout=OF_KEYS, optimized=False).astype(jnp.int32)
-        return fp4_keys.Scales.of(words, self._width)
+        return fp4_keys.Scales.of(words, self.width)
+
+
+def _score_by_group(keys: _Fp4Keys, queries: Fp4Queries, token: int) -> jax.Array:
+    """The scores of one token, from products of one group of channels at a time, each with its scales."""
+    q_smem, scale_smem = queries.smem[token], queries.scale_smem[token]
+
+    def add(group: jax.Array, sums: jax.Array) -> jax.Array:
+        codes = fp4_keys.of_group(keys.words(), group, keys.width)
+
+        def multiply(accumulator: Any) -> jax.Array:
+            e2m1.multiply(accumulator, codes, q_smem.T, keys.staged)
+            return wgmma_accumulator_load(accumulator, wait_n=0)
+
+        product = pl.run_scoped(multiply, plgpu.ACC((KEYS, q_smem.shape[0]), jnp.float32))
+        of_keys, of_heads = fp4_keys.scale_of(keys.scales().of_group(group)), _of_heads(scale_smem.at[group])
+        rows, columns = (lax.broadcast_in_dim(x, product.shape, [i]) for i, x in enumerate((of_keys, of_heads)))
+        return sums + product * (rows * columns)
+
+    zero = plgpu.layout_cast(jnp.zeros((KEYS, q_smem.shape[0]), jnp.float32), plgpu.Layout.WGMMA)
+    sums = lax.fori_loop(0, keys.width // fp4_keys.GROUP, add, zero)
+    weights = _of_heads(queries.weights_gmem[token]).astype(jnp.float32)
+    return _sum_over_heads(_clamped(sums), weights * fp4_keys.UNIT**2)
 
 
 def _each_token(q_smem: Sequence[Any], issue: Issue, reduce: Callable[[jax.Array, int], jax.Array]) -> list[jax.Array]:
-    """reduce(products float32 [KEYS, heads], token) for each token; one is reduced while the next one's products run."""
+    """reduce(products float32 [KEYS, heads], token) for each token, one while the next one's products run."""
 
     def multiply(*accumulators: Any, group: Sequence[int]) -> tuple[jax.Array, ...]:
         for accumulator, token in zip(accumulators, group, strict=True):

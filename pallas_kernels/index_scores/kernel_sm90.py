@@ -25,6 +25,7 @@ instructions of each of a scheduler's warps. On an H100: 262144 keys 15.7 us (68
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +37,15 @@ from jax import lax
 from pallas_kernels.index_scores.consumer import (
     IN_FLIGHT,
     KEYS,
-    Fp4Keys,
     Fp4Queries,
     fp8_factors,
+    score_fp4,
     score_fp8,
     unpack_queries,
 )
-from pallas_kernels.index_scores.fp4_keys import GROUP, ROWS
+from pallas_kernels.index_scores.fp4_keys import GROUP
 from pallas_kernels.index_scores.schedule import likely_first, prefetch, walk
-from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, ScoreTiling
+from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, UNPACKED, ScoreTiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 
@@ -83,8 +84,8 @@ def index_scores(
     tokens, stages, teams = tiling.tokens, tiling.stages, tiling.teams
     consumers, fp4 = CONSUMERS * teams, keys.codes.dtype == jnp.int32
     q, q_scale, weights = q.reshape(-1, columns_of_q), q_scale.reshape(-1), weights.reshape(-1)
-    unpacked = -(-tokens * heads // ROWS)  # blocks of ROWS that a unit's rows are unpacked in
-    if fp4 and (missing := unpacked * ROWS - tokens * heads):  # behind the last unit's
+    unpacked = -(-tokens * heads // UNPACKED)  # blocks of UNPACKED that a unit's rows are unpacked in
+    if fp4 and (missing := unpacked * UNPACKED - tokens * heads):  # behind the last unit's
         q, q_scale, weights = (jnp.pad(x, ((0, missing), *[(0, 0)] * (x.ndim - 1))) for x in (q, q_scale, weights))
     of_batch, columns = t // tokens, -(-keys.entries // ITEM) * ITEM
     assert t % tokens == 0, f"{t} tokens in blocks of {tokens}"
@@ -182,8 +183,9 @@ def index_scores(
                     factors = [scratch["factor"].at[q_slot, of_token(j)] for j in range(tokens)]
                     scales = [scratch["q_scale"].at[q_slot, :, of_token(j)] for j in range(tokens)]
                     queries = Fp4Queries.of(q_of_tokens, factors, scales, weights)
+                    score = functools.partial(score_fp4, queries, staged)
                 else:
-                    factors = fp8_factors(scales, weights)
+                    score = functools.partial(score_fp8, q_of_tokens, fp8_factors(scales, weights))
                     plgpu.barrier_wait(q_filled.at[q_slot])
                 ahead = lax.rem(team + teams - lax.rem(done, teams), teams)  # items before this team's first one
 
@@ -192,18 +194,12 @@ def index_scores(
                     i = ahead + turn * teams
                     slot = lax.rem(done + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
-                    buffers = codes_smem.at[slot, held], scale_smem.at[slot, held]
 
                     def store(scores):
                         for row, score in zip(rows, scores, strict=True):
                             y_gmem[row, pl.ds((first + i) * ITEM + place, KEYS)] = score
 
-                    if fp4:
-                        Fp4Keys(*buffers, staged).score(queries, store)
-                    else:
-                        scores = score_fp8(*buffers, q_of_tokens, factors)
-                        plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                        store(scores)
+                    score(codes_smem.at[slot, held], scale_smem.at[slot, held], store)
                     plgpu.barrier_arrive(free.at[slot])
 
                 if not fp4:
@@ -214,8 +210,8 @@ def index_scores(
 
                 @pl.loop(0, lax.div(unpacked - warpgroup + (consumers - 1), consumers))
                 def _rows(turn):
-                    first = (warpgroup + turn * consumers) * ROWS
-                    source, target = (pl.ds(start + first, ROWS) for start in (unit * tokens * heads, 0))
+                    first = (warpgroup + turn * consumers) * UNPACKED
+                    source, target = (pl.ds(start + first, UNPACKED) for start in (unit * tokens * heads, 0))
                     packed = q_gmem.at[source], q_scale_gmem.at[source], weights_gmem.at[source]
                     q_scale_smem, factor_smem = (
                         scratch["q_scale"].at[q_slot, :, target],
@@ -273,7 +269,7 @@ def _buffers(heads: int, keys: Keys, tiling: ScoreTiling) -> dict[str, Any]:
     q_scale = factor = staged = None
     if fp4:
         # A lane loads a quarter of a key, so that eight lanes, two keys, load from all banks: as it comes is best.
-        codes, rows = plgpu.SMEM(shape, jnp.int32), -(-rows // ROWS) * ROWS
+        codes, rows = plgpu.SMEM(shape, jnp.int32), -(-rows // UNPACKED) * UNPACKED
         q_scale, factor = (plgpu.SMEM((QUERIES, *lines, rows), jnp.float32) for lines in ((width // GROUP,), ()))
         if is_interpreted():
             staged = plgpu.SMEM((CONSUMERS * tiling.teams, KEYS, width), e4m3, transforms=tiled)

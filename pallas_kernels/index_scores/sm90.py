@@ -82,7 +82,7 @@ def index_scores(
     if missing := -heads % HEAD_STEP:
         codes = jnp.pad(codes, ((0, 0), (0, 0), (0, missing), (0, 0)))
         scale, weights = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) for x in (scale, weights))
-    tiling = default_tiling(tokens, heads + missing, width)
+    tiling = default_tiling(tokens, heads + missing, width, operand.codes.dtype == jnp.int32)
     scores = kernel_sm90.index_scores(codes, scale, weights, operand, counts.astype(jnp.int32), tiling)
     entries = keys.rows if isinstance(keys, Pages) else keys.shape[1]
     return scores[..., :entries]

@@ -13,7 +13,8 @@ from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.index_scores import index_scores, schedule, sm90
 from pallas_kernels.index_scores.cases import ScoreCase
-from pallas_kernels.index_scores.tiling import MOST_STAGES, default_tiling
+from pallas_kernels.index_scores.sm90 import MOST_HEADS
+from pallas_kernels.index_scores.tiling import FP4_STAGES, MOST_STAGES, default_tiling
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import Pages, Rows, as_cached, decode_rows, encode_rows, paged, quantize
 from pallas_kernels.row_format import entry_format, index_format
@@ -189,9 +190,12 @@ def test_a_named_kernel_is_refused_here():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 4096])
-def test_buffers_fit(tokens):
-    tiling = default_tiling(tokens, 64, 128)
-    assert tokens % tiling.tokens == 0 and tiling.stages == MOST_STAGES
+@pytest.mark.parametrize(("fp4", "stages"), [(False, MOST_STAGES), (True, FP4_STAGES)])
+def test_buffers_fit(tokens, fp4, stages):
+    tiling = default_tiling(tokens, 64, 128, fp4)
+    assert tokens % tiling.tokens == 0 and tiling.stages == stages
+    most = default_tiling(tokens, MOST_HEADS, 128, fp4)
+    assert most.stages >= 2 and most.stages % most.teams == 0
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (35, 1), (3, 4), (1, 2048)])

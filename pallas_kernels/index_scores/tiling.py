@@ -29,7 +29,7 @@ class ScoreTiling:
 def default_tiling(tokens: int, heads: int, width: int, fp4: bool = False) -> ScoreTiling:
     """All of a few tokens, or 4, 2 or 1 at a time of many; and as many buffers as fit, up to the most.
 
-    One token leaves registers for two teams.
+    FP4 keys are work for two teams, for which one token leaves registers.
     """
     each = tokens if tokens <= 4 else next(size for size in (4, 2, 1) if tokens % size == 0)
     rows = each * heads
@@ -38,6 +38,6 @@ def default_tiling(tokens: int, heads: int, width: int, fp4: bool = False) -> Sc
         stages, left = FP4_STAGES, SHARED_MEMORY - 2 * rows * (width + 4 * (width // 32 + 1))
     else:
         stages, left = MOST_STAGES, SHARED_MEMORY - 2 * rows * width
-    teams = 2 if each == 1 else 1
+    teams = 2 if fp4 and each == 1 else 1
     fitting = min(stages, left // (ITEM * (width // (2 if fp4 else 1) + 4)))
     return ScoreTiling(each, fitting - fitting % teams, teams)

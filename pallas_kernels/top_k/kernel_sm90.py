@@ -34,13 +34,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.top_k import team
-from pallas_kernels.top_k.rank import ENDS, Binning, begin_bins, put_down, rank_of
+from pallas_kernels.top_k import rank, team
+from pallas_kernels.top_k.maxima import LARGEST, LEAST, WITHOUT_BARRIERS, maxima, ordered
 from pallas_kernels.top_k.sort import in_order
-from pallas_kernels.top_k.team import Team
-from pallas_kernels.top_k.tiling import BLOCK, RowTiling
+from pallas_kernels.top_k.team import LANES, Team
+from pallas_kernels.top_k.tiling import RowTiling
 from pallas_kernels.top_k.warpgroup import (
-    HELD_BINS,
+    BINS,
+    NOWHERE,
     append,
     bound,
     count,
@@ -52,11 +53,9 @@ from pallas_kernels.top_k.warpgroup import (
     width,
 )
 
-LEAST, LARGEST = -(2**31), 2**31 - 1
 DIGIT = 8
 MOST_ALIKE = 48  # pairs of one bin up to which each is compared with all of them, not sorted
 TURNS = 3  # bins: those that are counted in, those of the next time, and those that somebody may still read
-WITHOUT_BARRIERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 
 def top_k(scores: jax.Array, k: int, counts: jax.Array, tiling: RowTiling) -> jax.Array:
@@ -64,44 +63,6 @@ def top_k(scores: jax.Array, k: int, counts: jax.Array, tiling: RowTiling) -> ja
     if tiling.tile == 1:
         return choose(scores, scores, counts, k, tiling)
     return choose(scores, maxima(scores, counts, tiling.tile), counts, k, tiling)
-
-
-def ordered(scores: jax.Array) -> jax.Array:
-    """int32 keys of float32 scores, all above LEAST."""
-    bits = lax.bitcast_convert_type(scores, jnp.int32)
-    key = bits ^ ((bits >> 31) & LARGEST)
-    key = jnp.where(key == -1, 0, key)  # -0
-    return jnp.where(scores != scores, LARGEST, key)
-
-
-def maxima(scores: jax.Array, counts: jax.Array, tile: int) -> jax.Array:
-    """int32 [rows, C / tile]: the largest key of each tile of which a row shows something."""
-    rows, columns = scores.shape
-    tiles = BLOCK // tile
-    shape, lanes = (tiles, tile), tile // 4
-    per_warp = 32 // lanes
-    tiles_in_warps = plgpu.Tiling(((4 * per_warp, tile), (per_warp, tile), (4,)))
-    layout = plgpu.Layout.TILED(tiles_in_warps, (-5,), (-3, -2), -1)
-
-    def kernel(scores_gmem, counts_gmem, maxima_gmem):
-        row, first = lax.axis_index("row"), lax.axis_index("block") * tiles
-        shown = jnp.minimum(counts_gmem[row], columns) - first * tile
-
-        @pl.when(shown > 0)
-        def _maxima():
-            here = pl.ds(first, tiles)
-            x = plgpu.load(scores_gmem.at[row, here], layout=layout, optimized=False)
-            place = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) * tile
-            place = place + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-            maxima_gmem[row, here] = jnp.max(jnp.where(place < shown, ordered(x), LEAST), axis=1)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((rows, columns // tile), jnp.int32),
-        grid=(rows, columns // BLOCK),
-        grid_names=("row", "block"),
-        compiler_params=WITHOUT_BARRIERS,
-    )(scores.reshape(rows, columns // tile, tile), counts)
 
 
 class Limit(NamedTuple):
@@ -122,19 +83,19 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         "all_keys": plgpu.SMEM((tiling.held_keys,), jnp.int32),
         "all_places": plgpu.SMEM((tiling.held_places,), jnp.int32),
         "picked": plgpu.SMEM((tiling.picked,), jnp.int32),
-        "bins": plgpu.SMEM((TURNS, HELD_BINS), jnp.int32),
-        "sizes": plgpu.SMEM((3,), jnp.int32),
+        "bins": plgpu.SMEM((TURNS, BINS + NOWHERE), jnp.int32),
+        "sizes": plgpu.SMEM((4,), jnp.int32),
         "bounds": plgpu.SMEM((2,), jnp.int32),
-        "ends": plgpu.SMEM((ENDS,), jnp.int32),
         **team.scratch(warpgroups),
     }
+    if tiling.ranked:
+        scratch |= {name: plgpu.SMEM((rank.HELD_BINS,), jnp.int32) for name in ("ranks", "ends")}
 
     def kernel(
         scores_gmem, tops_gmem, counts_gmem, chosen_gmem,
-        *, all_keys, all_places, picked, bins, sizes, bounds, ends, barrier=None,
+        *, all_keys, all_places, picked, bins, sizes, bounds, ranks=None, ends=None, barrier=None,
     ):  # fmt: skip
         best_keys, best = (x.at[pl.ds(0, whole)] for x in (all_keys, all_places))
-        ranked_keys, ranked = (x.at[pl.ds(0, tiling.ranked)] for x in (all_keys, all_places))
         near_keys, near = (x.at[pl.ds(tiling.near_from, tiling.near)] for x in (all_keys, all_places))
         keys = all_keys.at[pl.ds(tiling.keys_from, tiling.keys)]
         row, of_team = lax.axis_index("row"), Team(lax.axis_index("warpgroup"), warpgroups, barrier)
@@ -187,9 +148,9 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
 
             return lax.while_loop(goes_on, body, start)
 
-        def digits_of(base, span):
+        def digits_of(base, span, digit=DIGIT):
             bits = width(span)
-            return base, span, jnp.where(bits > DIGIT, bits - DIGIT, 0)
+            return base, span, jnp.where(bits > digit, bits - digit, 0)
 
         def limit(n, chunk, keys, place_of, low, high, need, turn, spare=0):
             """Of the `need` first of n keys between low and high and `spare` more; and the turn."""
@@ -236,6 +197,8 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         @pl.when(of_team.member == 0)
         def _start():
             fill(bins.at[0], 0)
+            if tiling.ranked:
+                fill(ranks, 0)
             fill(best_keys, LEAST)
             fill(best, LARGEST)
             for i in range(3):
@@ -260,38 +223,8 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
             each(sizes[0] * (tile // 4), tiling.gather, keep_candidates)
         of_team.sync()
         n, need = sizes[1], jnp.minimum(k, shown)
-        base, span, shift = digits_of(least, high - least)
-        binning, of_bins, turn = Binning(base, shift, span), bins.at[turn], lax.rem(turn + 1, TURNS)
-        pl.when(of_team.member == 0)(lambda: fill(bins.at[turn], 0))
 
-        def count_near(here, _, inside):
-            count(of_team, of_bins, loaded(near_keys, here), inside.astype(jnp.int32), (base, shift, span))
-
-        def put_near(here, _, inside):
-            key, index = loaded(near_keys, here), loaded(near, here)
-            where = inside.astype(jnp.int32)
-            put_down(of_team, ends, binning.of(key), where, (ranked_keys, key), (ranked, index))
-
-        def put_ranked(here, place, _):
-            pair = loaded(ranked_keys, here), loaded(ranked, here)
-            rank = rank_of(ends, ranked_keys, ranked, pair, binning.of(pair[0]), fullest)
-            rank, index = jnp.where(place < n, rank, place), jnp.where(place < n, pair[1], -1)
-            put(of_team, chosen_gmem.at[row], rank, index, (rank < k).astype(jnp.int32))
-
-        each(n, tiling.few, count_near)
-        of_team.sync()
-        fullest = begin_bins(of_team, of_bins, ends)
-        of_team.sync()
-        few_alike = (n <= tiling.ranked) & (fullest <= MOST_ALIKE)
-
-        @pl.when(few_alike)
-        def _rank():
-            each(n, tiling.few, put_near)
-            of_team.sync()
-            each(jnp.maximum(n, k), tiling.few, put_ranked)
-
-        @pl.when(jnp.logical_not(few_alike))
-        def _sort():
+        def sort():
             of_entries, _ = limit(n, tiling.few, near_keys, lambda here, _: loaded(near, here), least, high, need, turn)
 
             def keep_best(here, _, inside):
@@ -301,8 +234,45 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
 
             each(n, tiling.few, keep_best)
             of_team.sync()
-            rank, (_, index) = in_order(of_team, whole, all_keys, all_places)
-            put(of_team, chosen_gmem.at[row], rank, jnp.where(rank < shown, index, -1), (rank < k).astype(jnp.int32))
+            place, (_, index) = in_order(of_team, whole, all_keys, all_places)
+            index = jnp.where(place < shown, index, -1)
+            put(of_team, chosen_gmem.at[row], place, index, (place < k).astype(jnp.int32))
+
+        if not tiling.ranked:
+            sort()
+            return
+        ranked_keys, ranked = (x.at[pl.ds(0, tiling.ranked)] for x in (all_keys, all_places))
+        base, span, shift = digits_of(least, high - least, rank.DIGIT)
+        binning = rank.Binning(base, shift, span)
+
+        def count_near(here, _, inside):
+            count(of_team, ranks, loaded(near_keys, here), inside.astype(jnp.int32), binning)
+
+        def put_near(here, _, inside):
+            key, index = loaded(near_keys, here), loaded(near, here)
+            where = inside.astype(jnp.int32)
+            rank.put_down(of_team, ends, binning.of(key), where, (ranked_keys, key), (ranked, index))
+
+        def put_ranked(here, place, _):
+            pair = loaded(ranked_keys, here), loaded(ranked, here)
+            of_pair = rank.rank_of(ends, ranked_keys, ranked, pair, binning.of(pair[0]), fullest)
+            of_pair, index = jnp.where(place < n, of_pair, place), jnp.where(place < n, pair[1], -1)
+            put(of_team, chosen_gmem.at[row], of_pair, index, (of_pair < k).astype(jnp.int32))
+
+        each(n, tiling.few, count_near)
+        of_team.sync()
+        pl.when(of_team.member == 0)(lambda: rank.begin_bins(ranks, ends, sizes.at[pl.ds(3, 1)]))
+        of_team.sync()
+        fullest = sizes[3]
+        few_alike = (n <= tiling.ranked) & (fullest <= MOST_ALIKE)
+
+        @pl.when(few_alike)
+        def _rank():
+            each(n, tiling.few, put_near)
+            of_team.sync()
+            each(jnp.maximum(n, k), LANES, put_ranked)
+
+        pl.when(jnp.logical_not(few_alike))(sort)
 
     return plgpu.kernel(
         kernel,

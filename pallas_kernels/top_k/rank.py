@@ -16,7 +16,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
@@ -24,9 +23,8 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.top_k.team import Team
 from pallas_kernels.top_k.warpgroup import (
-    BINS,
-    PER_LANE,
-    SCALAR,
+    NOWHERE,
+    WARP,
     constant,
     each_scalar,
     in_lanes,
@@ -38,7 +36,10 @@ from pallas_kernels.top_k.warpgroup import (
     word,
 )
 
-ENDS = 2 * BINS  # words: a bin's end, behind the last bin those of none above it
+DIGIT = 9
+BINS = 1 << DIGIT
+HELD_BINS = BINS + NOWHERE  # words; of ends, the one behind those of bins is that of the bin above the last: 0
+_PER_LANE = BINS // WARP
 
 
 class Binning(NamedTuple):
@@ -52,50 +53,46 @@ class Binning(NamedTuple):
         return jnp.clip(lax.shift_right_logical(key - self.base, jnp.broadcast_to(self.shift, key.shape)), 0, BINS - 1)
 
 
-def begin_bins(team: Team, bins_smem: Any, ends_smem: Any) -> jax.Array:
-    """ends_smem[i] = how many items are in the bins above i, for now, and 0 behind the last one.
+def begin_bins(bins_smem: Any, ends_smem: Any, fullest_smem: Any) -> None:
+    """For one warpgroup: ends_smem[i] = how many items are in the bins above i, for now, and 0 behind the last one.
 
-    Returns how many the fullest bin has. Every warp finds all of it for itself, and all store the same.
+    fullest_smem[0] = how many the fullest bin has. Every warp finds all of it, and all store the same.
     """
     if is_interpreted():
         bins = bins_smem[...][:BINS]
-        above = jnp.cumsum(bins[::-1])[::-1] - bins
+        ends_smem[pl.ds(0, BINS)] = jnp.cumsum(bins[::-1])[::-1] - bins
+        ends_smem[BINS] = 0
+        fullest_smem[0] = jnp.max(bins)
+        return
 
-        def run() -> None:
-            ends_smem[pl.ds(0, BINS)] = above
-            ends_smem[pl.ds(BINS, BINS)] = jnp.zeros(BINS, jnp.int32)
-
-        team.in_turn(run)
-        return jnp.max(bins)
-    one = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=one)
-    def run_mosaic(_ctx: Any, bins: Any, ends: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def run_mosaic(_ctx: Any, bins: Any, ends: Any, fullest: Any) -> None:
         lane = llvm.inline_asm(word(), [], "mov.u32 $0, %laneid;", "=r")
-        first = arith.muli(lane, constant(PER_LANE))
+        first = arith.muli(lane, constant(_PER_LANE))
         four = ir.VectorType.get((4,), word())
+
+        def address(ref: Any, at: int) -> ir.Value:
+            return utils.getelementptr(utils.memref_ptr(ref), [arith.addi(first, constant(at))], word())
+
         own = []
-        for half in range(PER_LANE // 4):
-            address = utils.getelementptr(utils.memref_ptr(bins), [arith.addi(first, constant(4 * half))], word())
-            loaded = llvm.load(four, address, alignment=16)
+        for at in range(0, _PER_LANE, 4):
+            loaded = llvm.load(four, address(bins, at), alignment=16)
             own += [vector.extract(loaded, [], [i]) for i in range(4)]
-        total, fullest = own[0], own[0]
+        total, most = own[0], own[0]
         for other in own[1:]:
-            total, fullest = arith.addi(total, other), arith.maxsi(fullest, other)
+            total, most = arith.addi(total, other), arith.maxsi(most, other)
         above, begins = arith.subi(scanned(total, "down"), total), []
         for mine in reversed(own):
             begins.insert(0, above)
             above = arith.addi(above, mine)
-        for half in range(PER_LANE // 4):
-            address = utils.getelementptr(utils.memref_ptr(ends), [arith.addi(first, constant(4 * half))], word())
-            llvm.store(vector.from_elements(four, begins[4 * half : 4 * half + 4]), address, alignment=16)
+        for at in range(0, _PER_LANE, 4):
+            llvm.store(vector.from_elements(four, begins[at : at + 4]), address(ends, at), alignment=16)
         llvm.store(constant(0), utils.getelementptr(utils.memref_ptr(ends), [constant(BINS)], word()))
-        fullest = llvm.inline_asm(
-            word(), [fullest], "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True
-        )
-        return mgpu.FragmentedArray.splat(fullest, (), is_signed=True)
+        everyone = "redux.sync.max.s32 $0, $1, 0xffffffff;"
+        most = llvm.inline_asm(word(), [most], everyone, "=r,r", has_side_effects=True)
+        llvm.store(most, utils.memref_ptr(fullest))
 
-    return run_mosaic(bins_smem, ends_smem)
+    run_mosaic(bins_smem, ends_smem, fullest_smem)
 
 
 def put_down(team: Team, ends_smem: Any, bins: jax.Array, where: jax.Array, *stored: tuple[Any, jax.Array]) -> None:
@@ -109,7 +106,7 @@ def put_down(team: Team, ends_smem: Any, bins: jax.Array, where: jax.Array, *sto
             place = jnp.where(where != 0, ends_smem[...][bins] + before, refs[0].shape[0])
             for ref, value in stored:
                 ref[...] = ref[...].at[place].set(value, mode="drop")
-            ends_smem[...] = ends_smem[...].at[jnp.where(where != 0, bins, ENDS)].add(1, mode="drop")
+            ends_smem[...] = ends_smem[...].at[jnp.where(where != 0, bins, HELD_BINS)].add(1, mode="drop")
 
         team.in_turn(run)
         return

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 BLOCK = 2048  # entries of a thread block that looks for maxima
 LANES = 128
-CHUNK, LOAD, GATHER, FEW = 8, 32, 6, 2  # the most of a thread at once; see RowTiling
+CHUNK, LOAD, GATHER, FEW = 16, 32, 6, 2  # the most of a thread at once; see RowTiling
 WARPGROUPS = 4
 SINGLE = 8192  # entries up to which tiles are single entries
 MOST_CHOSEN, MOST_ENTRIES = 2048, 262144

@@ -28,7 +28,7 @@ from pallas_kernels.top_k.team import Team
 
 WARP = 32
 BINS = 256
-HELD_BINS = BINS + 128  # behind the bins, places where what is in none of them is counted
+NOWHERE = 128  # words behind bins, where what is in none of them is counted
 PER_LANE = BINS // WARP
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
@@ -140,13 +140,14 @@ def bound(team: Team, bounds_smem: Any, x: jax.Array) -> None:
 def count(team: Team, bins_smem: Any, x: jax.Array, where: jax.Array, bin_of: tuple[jax.Array, ...]) -> None:
     """bins_smem[(x - base) >> shift] += 1 for those x in base, base + 1, ... base + span that `where` is not 0 of.
 
-    bin_of: base, shift and span, which is unsigned.
+    bin_of: base, shift and span, which is unsigned. The last NOWHERE words are no bins.
     """
+    bins_held = bins_smem.shape[0] - NOWHERE
     base, shift, span = bin_of
     if is_interpreted():
         offset = lax.bitcast_convert_type(x - base, jnp.uint32)
         inside = (offset <= lax.bitcast_convert_type(span, jnp.uint32)) & (where != 0)
-        digit = jnp.where(inside, lax.shift_right_logical(x - base, shift), BINS)
+        digit = jnp.where(inside, lax.shift_right_logical(x - base, shift), bins_held)
 
         def run() -> None:
             bins_smem[...] = bins_smem[...].at[digit].add(1)
@@ -160,7 +161,7 @@ def count(team: Team, bins_smem: Any, x: jax.Array, where: jax.Array, bin_of: tu
         first = shared_address(bins)
         base, shift, span = (the(y) for y in bin_of)
         lane = llvm.inline_asm(word(), [], "mov.u32 $0, %laneid;", "=r")
-        nowhere = arith.addi(lane, constant(BINS))  # a branch around the atomic would take longer
+        nowhere = arith.addi(lane, constant(bins_held))  # a branch around the atomic would take longer
         for at, value in each_scalar(x):
             offset = arith.subi(value, base)
             inside = arith.cmpi(arith.CmpIPredicate.ule, offset, span)

@@ -4,20 +4,17 @@ Scores become int32 keys that are ordered as they are: one zero, and NaN above i
 neighbours can hold its k best: those that come first by (largest key down, place up). For if an entry is in none of
 them, each of them has one that comes before it. So there are two kernels:
 
-1. Many thread blocks a row: the largest key of every tile. Bound by the scores' bytes.
-2. One thread block of some warpgroups a row: the k tiles, their entries that are not below the least of the tiles, the
-   k best of these, and their order. A short row is one whose tiles are single entries.
+1. Many thread blocks a row: the largest key of every tile (maxima.py). Bound by the scores' bytes.
+2. One thread block of some warpgroups a row: the k tiles, their entries that are not below the least of the tiles, and
+   the order of these, of which the k best are wanted. A short row is one whose tiles are single entries.
 
 A choice of k of n keys in shared memory: the range from the least to the largest in 256 bins, a count of the keys in
 each; then the bin that holds the last one needed in 256 bins, and so on, until a bin holds no more than are needed,
-or, of tiles, few more: they do no harm. If equal keys are more than that, the same over indices. What is chosen is put
-down in any order: k pairs (key, index) that differ, so a bitonic sort leaves one order.
+or, of tiles, few more: they do no harm. If equal keys are more than that, the same over indices.
+The order of the few that are left: their ranks, from the bins they fall into (rank.py). Where a bin holds many, or they
+are many, the k best are chosen first and sorted (sort.py): pairs (key, index) differ, so there is one order.
 
-Bound: 4 N bytes a row / 3.35 TB/s. On an H100, normal scores: 512 of 262144 in 16.5 us, of which the maxima take 2.3
-(XLA's sort: 54); for 32 rows 33.0 us (1948; bound 10), measured with maxima of blocks of 4096 entries, which took 14.9
-us where those of 2048 had taken 14.2; 512 of 8192 for 128 rows 11.8 us (95), of 16384 for 2048 rows 154 us (2550). Few
-entries are latency: 512 of 1024 take 6.3 us (10.8). Where scores are rounded to integers, equal keys are told apart by
-their indices: one row of 262144 takes 25 us.
+Bound: 4 N bytes a row / 3.35 TB/s. FIGURES
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

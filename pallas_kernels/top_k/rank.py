@@ -1,7 +1,8 @@
 """Pairs in order, where few of them are alike: by bins of keys, of which each has few pairs.
 
 A pair's rank is the number of pairs in the bins above its own, and of those in its own bin that come before it. Pairs
-are put down bin after bin, in any order within one, so that a pair is compared with its neighbours alone.
+are put down bin after bin, in any order within one, so that a pair is compared with its neighbours alone. A sort of 512
+would take 45 steps, 10 of them across warps.
 """
 
 # Mosaic's Python is not typed for outsiders.

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.mosaic import e2m1_registers as registers
 from pallas_kernels.mosaic.e2m1_registers import CODES, EACH_BLOCK, GROUP, ROWS, SPREAD
@@ -156,22 +156,9 @@ def _look_up(_ctx: Any, words: Any, low: Any, high: Any) -> Any:
     for row, line in enumerate(words.registers.flat):
         table = tuple(vector.extract(x.registers.flat[row], [], [0]) for x in (low, high))
         for i in range(count):
-            for half, four in enumerate(_of_word(vector.extract(line, [], [i]), *table)):
+            for half, four in enumerate(registers.of_word(vector.extract(line, [], [i]), *table)):
                 of_rows[2 * i + half, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
     return mgpu.FragmentedArray(_registers=codes, _layout=layout, _is_signed=None)
-
-
-def _of_word(word: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
-    """The E4M3 bytes of a word's first four codes, and of the others."""
-    constant = registers.constant
-    magnitudes = arith.andi(word, constant(0x77777777))
-    low_signs = arith.shli(word, constant(4))  # a byte's top bit is the sign of its first code, in `word` of its second
-    found = []
-    for half, order in enumerate(registers.SIGNS):
-        picked = arith.shrui(magnitudes, constant(16)) if half else magnitudes
-        sign = arith.andi(registers.permuted(low_signs, word, constant(order)), constant(0x80808080))
-        found.append(arith.ori(registers.permuted(low, high, picked), sign))
-    return found
 
 
 def _look_up_in_jnp(words: jax.Array, low: jax.Array, high: jax.Array, width: int) -> jax.Array:

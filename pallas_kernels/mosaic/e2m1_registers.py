@@ -30,7 +30,7 @@ EACH_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of
 EACH_BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), (-7,), (-3, -2), -1)
 WORD = 4  # bytes: eight packed codes, or four E4M3 ones, or the scales of a block
 # Of a word shifted left by 4 and the word itself, the bytes whose top bits are the signs of four codes.
-SIGNS = 0x5140, 0x7362
+_SIGNS = 0x5140, 0x7362
 
 
 def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
@@ -42,17 +42,24 @@ def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.Fra
     for (_, group, _, _, row, *_), word in np.ndenumerate(words):
         low, high = (vector.extract(flat[2 * group + i].registers.flat[row], [], [0]) for i in (0, 1))
         value = vector.extract(vector.bitcast(one_word, word), [], [0])
-        magnitudes = arith.andi(value, constant(0x77777777))
-        signs = arith.shli(value, constant(4))
-        for half, order in enumerate(SIGNS):
-            picked = arith.shrui(magnitudes, constant(16)) if half else magnitudes
-            sign = arith.andi(permuted(signs, value, constant(order)), constant(0x80808080))
-            four = vector.broadcast(one_word, arith.ori(permuted(low, high, picked), sign))
-            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, four)
+        for half, four in enumerate(of_word(value, low, high)):
+            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
     return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
 
 
-def permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
+def of_word(word: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
+    """The E4M3 bytes of the first four of a word's E2M1 codes, and of the others, by a table of magnitudes."""
+    magnitudes = arith.andi(word, _constant(0x77777777))
+    signs = arith.shli(word, _constant(4))
+    found = []
+    for half, order in enumerate(_SIGNS):
+        picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
+        sign = arith.andi(_permuted(signs, word, _constant(order)), _constant(0x80808080))
+        found.append(arith.ori(_permuted(low, high, picked), sign))
+    return found
+
+
+def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
     """The bytes of two words that the lowest four nibbles of `order` number."""
     return llvm.inline_asm(_word(), [low, high, order], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
@@ -113,7 +120,7 @@ def load_tables(_ctx: Any, of_block: ir.Value, scales: ir.Value) -> tuple[mgpu.F
 def _at(*parts: tuple[ir.Value, int] | int) -> ir.Value:
     """The sum of these: indices times what they count, or numbers."""
     terms = [
-        constant(part) if isinstance(part, int) else arith.muli(arith.index_cast(_word(), part[0]), constant(part[1]))
+        _constant(part) if isinstance(part, int) else arith.muli(arith.index_cast(_word(), part[0]), _constant(part[1]))
         for part in parts
     ]
     return functools.reduce(arith.addi, terms)
@@ -131,6 +138,6 @@ def _words(count: int) -> ir.Type:
     return ir.VectorType.get((count,), _word())
 
 
-def constant(bits: int) -> ir.Value:
+def _constant(bits: int) -> ir.Value:
     """A word with these bits; Mosaic takes signed numbers."""
     return utils.c(bits - (bits >> 31 << 32), _word())

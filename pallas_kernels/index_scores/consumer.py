@@ -30,6 +30,8 @@ OF_HEADS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 IN_FLIGHT = 2  # accumulators: tokens whose products a consumer has the tensor cores make at once
 
 Issue = Callable[[Any, Any], None]  # accumulator [KEYS, heads] = keys times a token's queries, shared memory [heads, K]
+Buffers = tuple[Any, Any]  # shared memory of codes, and of scales
+Release = Callable[[], None]  # buffers have been read
 Store = Callable[[Sequence[jax.Array]], None]  # of float32 [KEYS] for each token
 
 
@@ -84,9 +86,10 @@ def fp8_factors(scale_gmem: Sequence[Any], weights_gmem: Sequence[Any]) -> list[
 
 
 def score_fp8(
-    q_smem: Sequence[Any], factors: Sequence[jax.Array], codes_smem: Any, scale_smem: Any, store: Store
+    q_smem: Sequence[Any], factors: Sequence[jax.Array], buffers: Buffers, release: Release, store: Store
 ) -> None:
     """Stores float32 [KEYS] for each token, of codes E4M3 [KEYS, K], which wgmma reads where they are, and scales."""
+    codes_smem, scale_smem = buffers
     of_keys = plgpu.load(scale_smem, layout=OF_KEYS, optimized=False)
 
     def issue(accumulator: Any, q: Any) -> None:
@@ -97,16 +100,17 @@ def score_fp8(
 
     scores = _each_token(q_smem, issue, reduce)
     plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+    release()  # before the stores: buffers are few
     store([score * of_keys for score in scores])
 
 
-def score_fp4(queries: Fp4Queries, staged: Any, words_smem: Any, scale_smem: Any, store: Store) -> None:
+def score_fp4(queries: Fp4Queries, staged: Any, buffers: Buffers, release: Release, store: Store) -> None:
     """Stores float32 [KEYS] for each token, twice where scales of some key are too far apart to be folded.
 
-    words_smem: int32 [KEYS, K/8] of packed E2M1; scale_smem: integers [KEYS] of a byte a group. staged: where the
-    interpreter hands codes to its wgmma.
+    buffers: int32 [KEYS, K/8] of packed E2M1, and integers [KEYS] of a byte a group. staged: where the interpreter
+    hands codes to its wgmma.
     """
-    keys = _Fp4Keys(words_smem, scale_smem, staged)
+    keys = _Fp4Keys(*buffers, staged)
     scales = keys.scales()
     codes = fp4_keys.folded(keys.words(), scales.below, keys.width)
     far_apart = fp4_keys.anywhere(-scales.below, fp4_keys.EACH_BLOCK) | queries.far_apart
@@ -124,6 +128,8 @@ def score_fp4(queries: Fp4Queries, staged: Any, words_smem: Any, scale_smem: Any
     @pl.when(far_apart != 0)
     def _again():
         store([_score_by_group(keys, queries, token) for token in range(len(queries.smem))])
+
+    release()
 
 
 class _Fp4Keys(NamedTuple):

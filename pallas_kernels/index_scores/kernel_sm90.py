@@ -199,8 +199,8 @@ def index_scores(
                         for row, score in zip(rows, scores, strict=True):
                             y_gmem[row, pl.ds((first + i) * ITEM + place, KEYS)] = score
 
-                    score(codes_smem.at[slot, held], scale_smem.at[slot, held], store)
-                    plgpu.barrier_arrive(free.at[slot])
+                    buffers = codes_smem.at[slot, held], scale_smem.at[slot, held]
+                    score(buffers, lambda: plgpu.barrier_arrive(free.at[slot]), store)
 
                 if not fp4:
                     plgpu.barrier_arrive(q_free.at[q_slot])

@@ -81,8 +81,7 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         "all_places": plgpu.SMEM((tiling.held_places,), jnp.int32),
         "picked": plgpu.SMEM((tiling.picked,), jnp.int32),
         "bins": plgpu.SMEM((TURNS, BINS + NOWHERE), jnp.int32),
-        "sizes": plgpu.SMEM((4,), jnp.int32),
-        "bounds": plgpu.SMEM((2,), jnp.int32),
+        "state": plgpu.SMEM((6,), jnp.int32),  # one: each takes a kilobyte of shared memory
         **team.scratch(warpgroups),
     }
     if tiling.ranked:
@@ -90,8 +89,9 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
 
     def kernel(
         scores_gmem, tops_gmem, counts_gmem, chosen_gmem,
-        *, all_keys, all_places, picked, bins, sizes, bounds, ranks=None, ends=None, barrier=None,
+        *, all_keys, all_places, picked, bins, state, ranks=None, ends=None, barrier=None,
     ):  # fmt: skip
+        sizes, bounds = state.at[pl.ds(0, 4)], state.at[pl.ds(4, 2)]
         best_keys, best = (x.at[pl.ds(0, whole)] for x in (all_keys, all_places))
         near_keys, near = (x.at[pl.ds(tiling.near_from, tiling.near)] for x in (all_keys, all_places))
         keys = all_keys.at[pl.ds(tiling.keys_from, tiling.keys)]

@@ -24,7 +24,7 @@ WIDTH = 512  # channels at most
 TILE = 64  # channels that share a scale
 PIECE = 16  # bytes that are loaded at once
 MOST_QUERIES = 4  # of a sequence
-LIST = 32  # entries of a list that are loaded at once
+LIST = 64  # entries of a list that are loaded at once
 
 
 def unsupported_reason(

@@ -1,0 +1,228 @@
+"""Weights of a query's entries, one warpgroup's turns: blocks of 64 entries to float16, their logits, exp2."""
+
+# Pallas' transforms look abstract: the checker cannot follow.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic import operand_store
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.sparse_attention import columns_sm90 as columns
+from pallas_kernels.sparse_attention import convert_sm90 as convert
+from pallas_kernels.sparse_attention import gather_sm90 as gather
+from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Named
+
+SCORERS = 2  # and buffers: a scorer puts blocks into its own
+import os
+DEPTH = int(os.environ.get("DEPTH", "2"))  # tiles of words that are on their way to registers
+USUAL = 7  # log2 of what the reference's logit weighs
+SLACK = 8  # log2 of how far a logit may exceed the reference: weights stay within 2^15
+LOWEST = -3e38  # the reference of no logits
+PER_HEAD = columns.ACCUMULATOR.reduce(0)
+Scratch = Mapping[str, Any]
+
+
+class State(NamedTuple):
+    """Between two blocks of a scorer: where the next one lies, the numbers of the one after it, and the sums of weights
+    [WARPS, HEADS] so far.
+    """
+
+    slots: jax.Array
+    numbers: jax.Array
+    total: jax.Array
+
+
+def score(named: Named, scratch: Scratch, me: jax.Array) -> jax.Array:
+    """The sums of weights of blocks me, me + SCORERS, ... of `named`, whose weights go to the adders."""
+    numbers = [named.names(me + turn * SCORERS) for turn in range(2)]
+    slots = named.find(me, numbers[0])
+    named.prefetch(me, slots)
+    plgpu.barrier_wait(scratch["prepared"])
+    total = jnp.zeros((columns.WARPS, columns.COLUMNS), jnp.float32)
+    state = State(slots, numbers[1], plgpu.layout_cast(total, columns.OF_WARPS))
+
+    def step(turn: jax.Array, state: State) -> State:
+        i = turn * SCORERS + me
+        load = named.loads(i, state.slots)
+        first = begin(load)
+        slots = named.find(i + SCORERS, state.numbers)
+        named.prefetch(i + SCORERS, slots)
+        power_of, logits = multiply(load, first, scratch, me, jnp.minimum(i, 0))
+        total = weigh(named, scratch, me, i, state.slots, power_of, logits, state.total)
+        return State(slots, named.names(i + 2 * SCORERS), total)
+
+    turns = lax.div(named.blocks - me + (SCORERS - 1), SCORERS)
+    return lax.fori_loop(0, turns, step, state).total
+
+
+def begin(load: gather.Loads) -> gather.Words:
+    """The first words of a block: registers have room for so many while the buffer is not free yet.
+
+    Rows without codes are passed once before for their power of two, see `multiply`.
+    """
+    codes = load.codes[:DEPTH]
+    return gather.Words(loaded(codes), loaded(load.tails if codes else load.tails[:DEPTH]), loaded(load.scale))
+
+
+def loaded(functions: Sequence[Callable[[], tuple[jax.Array, ...]]]) -> tuple[jax.Array, ...]:
+    return sum((function() for function in functions), ())
+
+
+def multiply(
+    load: gather.Loads, first: gather.Words, scratch: Scratch, me: jax.Array, zero: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Powers of two of a block's entries, int32 [BLOCK], and their products with q, [BLOCK, HEADS].
+
+    The entries are left in this scorer's buffer, as float16.
+    """
+    tiles = len(load.codes)
+    functions = load.codes or load.tails
+    if tiles:
+        power_of = convert.exponent(first.scale, tiles, first.tails[0])
+        # Zero, as the compiler cannot know: it would keep all scales in registers from here on, each by itself.
+        first = first._replace(scale=tuple(x + zero for x in first.scale))
+        held = first.codes
+    else:
+        power_of, held = largest(functions, first.tails)
+    plgpu.barrier_wait(scratch["free"].at[me])
+
+    def products(accumulator: Any) -> jax.Array:
+        words, previous = list(held), None
+        if tiles:
+            values = convert.of_channels(first.tails[0], power_of)
+            previous = issue(accumulator, scratch, me, tiles, values, False, None)
+        for tile in range(len(functions)):
+            now = words.pop(0)
+            values = convert.of_codes(now, first.scale, tile, power_of) if tiles else convert.of_channels(now, power_of)
+            if tile + DEPTH < len(functions):
+                words += functions[tile + DEPTH]()
+            previous = issue(accumulator, scratch, me, tile, values, tile < tiles, previous)
+        return accumulator[...]
+
+    return power_of, pl.run_scoped(products, plgpu.ACC((BLOCK, columns.COLUMNS), jnp.float32))
+
+
+def largest(
+    functions: Sequence[Callable[[], tuple[jax.Array, ...]]], first: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Powers of two of rows without codes, which are more than registers hold; and their first words, again."""
+    held, power_of = list(first), jnp.full_like(convert.of_tail(first[0]), convert.LEAST)
+    for i in range(len(functions)):
+        power_of = jnp.maximum(power_of, convert.of_tail(held.pop(0)))
+        held += functions[(i + len(first)) % len(functions)]()
+    return power_of, tuple(held)
+
+
+def issue(
+    accumulator: Any,
+    scratch: Scratch,
+    me: jax.Array,
+    tile: int,
+    values: jax.Array,
+    of_codes: bool,
+    previous: jax.Array | None,
+) -> jax.Array:
+    """Starts accumulator += values @ q of a tile, leaves values in the buffer, and waits for the tile before it,
+    whose operand is `previous`. Returns this one's.
+    """
+    q_smem, entries_smem = scratch["q"], scratch["entries"]
+    half = entries_smem.shape[-1]
+    at, column = divmod(tile * gather.TILE, half)
+    first, place = convert.operand(values, of_codes), (at, slice(None), pl.ds(column, gather.TILE))
+    if os.environ.get('STM','1')=='1': operand_store.store(entries_smem.at[me, *place], first)
+    else: entries_smem[me, *place] = first
+    if is_interpreted():  # its wgmma reads memory only
+        plgpu.commit_smem()
+        plgpu.wgmma(accumulator, entries_smem.at[me, *place], q_smem.at[*place].T)
+        return first
+    plgpu.wgmma(accumulator, first, q_smem.at[*place].T)
+    mode = os.environ.get("MODE", "double")
+    if mode == "single":
+        plgpu.wgmma_wait(0)
+        lax.optimization_barrier(first)
+    elif mode == "double" and previous is not None:
+        plgpu.wgmma_wait(1)
+        # Both are alive here: registers that wgmma reads are not to be written before it has ended.
+        lax.optimization_barrier(previous)
+    elif mode == "nobar" and previous is not None:
+        plgpu.wgmma_wait(1)
+    return first
+
+
+def weigh(
+    named: Named,
+    scratch: Scratch,
+    me: jax.Array,
+    i: jax.Array,
+    slots: jax.Array,
+    power_of: jax.Array,
+    logits: jax.Array,
+    total: jax.Array,
+) -> jax.Array:
+    """Hands the weights of block i over; returns `total` with them."""
+    other = 1 - me
+
+    def along(x: jax.Array) -> jax.Array:
+        """x of each entry, for all heads."""
+        return lax.broadcast_in_dim(x, logits.shape, [0])
+
+    def across(x: jax.Array) -> jax.Array:
+        """x of each head, for all entries."""
+        return lax.broadcast_in_dim(x, logits.shape, [1])
+
+    logits = logits * across(of_heads(scratch["measure"]))
+    # Relative to the entries' own powers of two, as the entries are. (Not slots < 0: what a loop carries has lost its
+    # sign for comparisons.)
+    log = jnp.where(slots == -1, -jnp.inf, (power_of - 127).astype(jnp.float32))
+    logits = logits * along(convert.power(power_of)) + along(log)
+
+    pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["topped"].at[other]))
+    before = jnp.where(i > 0, of_heads(scratch["top"]), LOWEST)
+    stale = (i > 0) & (scratch["raised"][other] != 0)
+    total = lax.cond(stale, lambda x: faded(x, scratch["fade"].at[other]), lambda x: x, total)
+    raised = columns.any_above(logits, before + SLACK)
+    top, total = lax.cond(
+        raised, lambda *x: raise_top(scratch, me, logits, *x), lambda *x: x, before, total
+    )
+    scratch["raised"][me] = raised.astype(jnp.int32)
+    pl.when(i + 1 < named.blocks)(lambda: plgpu.barrier_arrive(scratch["topped"].at[me]))
+
+    weights = jnp.exp2(logits - across(top - USUAL))
+    scratch["weights"][me] = weights.astype(jnp.float16)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch["scored"].at[me])
+    return total + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
+
+
+def raise_top(
+    scratch: Scratch, me: jax.Array, logits: jax.Array, before: jax.Array, total: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Raises the reference to the block's own maxima; returns it, and `total` relative to it."""
+    maxima_smem = scratch["maxima"].at[me]
+    maxima_smem[...] = columns.maxima_of_warps(logits)
+    plgpu.commit_smem()
+    top = before
+    for warp in range(columns.WARPS):
+        top = jnp.maximum(top, of_heads(maxima_smem.at[warp]))
+    scratch["top"][...] = top
+    scratch["fade"][me] = jnp.exp2(before - top)
+    plgpu.commit_smem()
+    return top, faded(total, scratch["fade"].at[me])
+
+
+def faded(total: jax.Array, fade_smem: Any) -> jax.Array:
+    fade = plgpu.load(fade_smem, layout=columns.OF_WARPS.reduce(0), optimized=False)
+    return total * plgpu.layout_cast(lax.broadcast_in_dim(fade, total.shape, [1]), columns.OF_WARPS)
+
+
+def of_heads(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=PER_HEAD, optimized=False)

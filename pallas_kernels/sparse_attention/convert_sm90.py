@@ -52,6 +52,11 @@ Q_LARGEST = 14  # log2 of the largest channel of q, or less than one below
 Q_LEAST = 127 - 60  # of a head's power of two
 
 
+def layout_of(of_codes: bool, rows: int = ROWS) -> Any:
+    """Of a tile of codes, or of bfloat16 channels, in the order of channels."""
+    return (OF_CODES if of_codes else OF_TAIL)[rows]
+
+
 def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: int) -> None:
     """`rows` of q_smem [2, H, K / 2], the bits of bfloat16 q, to float16; what its products with entries are to be
     multiplied by, the scale of logits and the entries' own powers of two apart, to measure_smem float32 [H].
@@ -60,7 +65,7 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: in
     """
     halves, _, half = q_smem.shape
     pieces = [q_smem.at[at, rows, pl.ds(column, TILE)] for at in range(halves) for column in range(0, half, TILE)]
-    layouts = [(OF_CODES if i < tiles else OF_TAIL)[Q_ROWS] for i in range(len(pieces))]
+    layouts = [layout_of(i < tiles, Q_ROWS) for i in range(len(pieces))]
     held = [plgpu.load(x, layout=of, optimized=False) for x, of in zip(pieces, layouts, strict=True)]
     held = [lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
     tops = [jnp.max(jnp.abs(x), axis=1) for x in held]
@@ -81,7 +86,7 @@ def operand(x: jax.Array, of_codes: bool) -> jax.Array:
             return x.reshape(rows, LANES, 8, 2).transpose(0, 2, 1, 3).reshape(rows, TILE)
         return x.reshape(rows, 2, LANES, 4, 2).transpose(0, 1, 3, 2, 4).reshape(rows, TILE)
     layout = OPERAND[rows]
-    held = (OF_CODES if of_codes else OF_TAIL)[rows]
+    held = layout_of(of_codes, rows)
 
     @plgpu.inline_mgpu(arg_types=(held,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
     def rename(_ctx: Any, x: Any) -> Any:
@@ -112,7 +117,7 @@ def natural(x: jax.Array, tiles: Sequence[bool]) -> tuple[jax.Array, ...]:
             else part.reshape(rows, 2, 4, LANES, 2).transpose(0, 1, 3, 2, 4).reshape(rows, TILE)
             for part, of_codes in zip(parts, tiles, strict=True)
         )
-    layouts = [(OF_CODES if of_codes else OF_TAIL)[rows] for of_codes in tiles]
+    layouts = [layout_of(of_codes, rows) for of_codes in tiles]
     found = tuple(plgpu.ShapeDtypeStruct((rows, TILE), x.dtype, layout=layout) for layout in layouts)
 
     @plgpu.inline_mgpu(arg_types=(OPERAND[rows],), return_type=found)

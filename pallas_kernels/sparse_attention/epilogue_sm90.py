@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,59 +16,82 @@ from jax import lax
 
 from pallas_kernels.sparse_attention import columns_sm90 as columns
 from pallas_kernels.sparse_attention import convert_sm90 as convert
-from pallas_kernels.sparse_attention import gather_sm90 as gather
-from pallas_kernels.sparse_attention.add_sm90 import ADDERS, LOG2_E, Unit, of_heads, scaled
+from pallas_kernels.sparse_attention.add_sm90 import ADDERS, HEADS, LOG2_E, Unit, of_heads, scaled
+from pallas_kernels.sparse_attention.gather_sm90 import TILE
 from pallas_kernels.sparse_attention.score_sm90 import SCORERS, USUAL, Scratch
+from pallas_kernels.sparse_attention.turn_sm90 import turned
+
+
+class Whole(NamedTuple):
+    """What enters where a query's entries are not divided: the sinks of heads, and what rotary channels turn by."""
+
+    sink_gmem: Any
+    factors_gmem: Any
 
 
 def finish(
-    unit: Unit, sums: Sequence[jax.Array], scratch: Scratch, me: jax.Array, sink_gmem: Any, out_gmem: Any, lse_gmem: Any, tiles: int
+    unit: Unit,
+    sums: Sequence[jax.Array],
+    scratch: Scratch,
+    me: jax.Array,
+    whole: Whole,
+    out_gmem: Any,
+    lse_gmem: Any,
+    tiles: int,
 ) -> None:
     """This adder's half of the channels of the output, and the log-sum-exp without the sink.
 
-    bfloat16 goes out through q's shared memory, as float16's bits; float32, the results of splits, at once.
+    bfloat16 goes out through q's shared memory, as float16's bits; float32, the results of splits, at once. The first
+    `tiles` tiles of channels are those of codes.
     """
-    q_smem = scratch["q"]
-    half = q_smem.shape[-1]
     plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
     total, top = totals(scratch)
     some = total != 0
     lse2 = jnp.where(some, jnp.log2(jnp.where(some, total, 1.0)) + (top - USUAL), 0.0)
     share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
-    if sink_gmem is not None:
-        share = share / (1 + jnp.exp2(of_heads(sink_gmem.at[unit.heads]) * LOG2_E - lse2))
-    sums = scaled(sums, share)
+    if whole.sink_gmem is not None:
+        share = share / (1 + jnp.exp2(of_heads(whole.sink_gmem.at[unit.heads]) * LOG2_E - lse2))
 
     @pl.when(me == 0)
     def _lse():
         lse_gmem[unit.split, unit.query, unit.heads] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
 
+    q_smem, sums = scratch["q"], scaled(sums, share)
+    half = q_smem.shape[-1]
     out_gmem = out_gmem.at[unit.split, unit.query, unit.heads, pl.ds(me * half, half)]
-    float32 = out_gmem.dtype == jnp.float32
-    each = sums[0].shape[1]
-    # Adders have different tiles.
-    for adder in range(ADDERS):
-
-        @pl.when(me == adder)
-        def _pieces(adder=adder):
-            for i, x in enumerate(sums):
-                begin = (adder * half + i * each) // gather.TILE
-                kinds = [begin + j < tiles for j in range(each // gather.TILE)]
-                if float32:
-                    parts = convert.natural(x, kinds)
-                else:
-                    parts = convert.natural(lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.float16), kinds)
-                for j, part in enumerate(parts):
-                    column = pl.ds(i * each + j * gather.TILE, gather.TILE)
-                    if float32:
-                        out_gmem[:, column] = part
-                    else:
-                        q_smem[me, :, column] = part
-
-    if not float32:
+    for adder in range(ADDERS):  # their channels are in different orders
+        pl.when(me == adder)(lambda adder=adder: put(unit, sums, q_smem, adder, whole, out_gmem, tiles))
+    if out_gmem.dtype != jnp.float32:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[me], out_gmem)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def put(
+    unit: Unit, sums: Sequence[jax.Array], q_smem: Any, adder: int, whole: Whole, out_gmem: Any, tiles: int
+) -> None:
+    """The output of an adder to q_smem, or to out_gmem if that is float32; channels in their own order."""
+    each, half = sums[0].shape[1], q_smem.shape[-1]
+    for i, x in enumerate(sums):
+        begins = range(i * each, (i + 1) * each, TILE)
+        first = adder * half // TILE
+        of_codes = [first + begin // TILE < tiles for begin in begins]
+        for begin, is_codes, tile in zip(begins, of_codes, convert.natural(x, of_codes), strict=True):
+            here = pl.ds(begin, TILE)
+            if whole.factors_gmem is not None:
+                layout = convert.layout_of(is_codes)
+                factors_gmem = whole.factors_gmem.at[unit.query, :, pl.ds(adder * half + begin, TILE)]
+                tile = turned(tile, *(of_channels(factors_gmem.at[j], layout) for j in range(2)), layout)
+            if out_gmem.dtype == jnp.float32:
+                out_gmem[:, here] = tile
+            else:
+                q_smem[adder, :, here] = lax.bitcast_convert_type(tile.astype(jnp.bfloat16), jnp.float16)
+
+
+def of_channels(ref: Any, layout: Any) -> jax.Array:
+    """What is the same for all heads."""
+    x = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEADS, TILE), [1]), layout)
 
 
 def totals(scratch: Scratch) -> tuple[jax.Array, jax.Array]:

@@ -43,12 +43,12 @@ from pallas_kernels.sparse_attention import columns_sm90 as columns
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.add_sm90 import ADDERS, Unit, add, prepare
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
-from pallas_kernels.sparse_attention.epilogue_sm90 import finish
+from pallas_kernels.sparse_attention.epilogue_sm90 import Whole, finish
 from pallas_kernels.sparse_attention.score_sm90 import SCORERS, score
 
 HEADS = columns.COLUMNS  # of a thread block
 import os
-ADDER_REGISTERS = int(os.environ.get("AR", "144"))
+ADDER_REGISTERS = int(os.environ.get("AR", "160"))
 SCORER_REGISTERS = launch_registers(SCORERS + ADDERS) // SCORERS - ADDER_REGISTERS * ADDERS // SCORERS
 
 
@@ -56,6 +56,7 @@ def attend(
     q: jax.Array,
     sources: Sequence[tuple[Layout, Source]],
     sink: jax.Array | None,
+    factors: jax.Array | None,
     *,
     tokens: int,
     scale: float,
@@ -65,6 +66,7 @@ def attend(
 
     K is a multiple of 128. All sources have entries in the same format; their channels are those of their codes, filled
     up with zeros to a multiple of 64, and then of what is bfloat16, filled up to K. sink float32 [H], None for none.
+    factors: see `turn_sm90.factors`, None where nothing is turned.
     With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
     float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
@@ -74,7 +76,8 @@ def attend(
     assert (heads % HEADS, width % (ADDERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
-    def kernel(q_gmem, sources_gmem, sink_gmem, out_gmem, lse_gmem, **scratch):
+    def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
+        whole = Whole(sink_gmem, factors_gmem) if splits == 1 else Whole(None, None)
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
 
@@ -109,7 +112,7 @@ def attend(
                 at, named = unit(info.index[0])
                 prepare(at, q_gmem, scratch, me, scale, layouts[0].parts.tiles)
                 sums = add(named.blocks, scratch, me)
-                finish(at, sums, scratch, me, sink_gmem if splits == 1 else None, out_gmem, lse_gmem, layouts[0].parts.tiles)
+                finish(at, sums, scratch, me, whole, out_gmem, lse_gmem, layouts[0].parts.tiles)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -131,7 +134,7 @@ def attend(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         scratch_types=scratch_types(width),
-    )(lax.bitcast_convert_type(q, jnp.float16), held, sink)
+    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
     return (out, lse) if splits > 1 else (lax.bitcast_convert_type(out[0], q.dtype), lse[0])
 
 

@@ -95,7 +95,7 @@ def attend(
             @plgpu.nd_loop(**loop)
             def _units(info):
                 _, named = unit(info.index[0])
-                scratch["sums"][warpgroup] = score(named, scratch, warpgroup)
+                score(named, scratch, warpgroup)
                 plgpu.barrier_arrive(scratch["summed"])
 
             plgpu.barrier_wait(scratch["free"].at[warpgroup])  # every phase of a barrier is observed
@@ -150,6 +150,7 @@ def scratch_types(width: int) -> dict[str, object]:
         "top": plgpu.SMEM((HEADS,), jnp.float32),  # the reference of logits
         "raised": plgpu.SMEM((SCORERS,), jnp.int32),  # whether a block has raised it, and what sums then fade by
         "fade": plgpu.SMEM((SCORERS, HEADS), jnp.float32),
+        "slots": plgpu.SMEM((SCORERS, 2, BLOCK), jnp.int32),  # where a scorer's block lies, and its next one
         "maxima": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
         "sums": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
         "asked": plgpu.Barrier(num_arrivals=ADDERS),  # q has come

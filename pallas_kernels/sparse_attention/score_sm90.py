@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -31,37 +31,29 @@ PER_HEAD = columns.ACCUMULATOR.reduce(0)
 Scratch = Mapping[str, Any]
 
 
-class State(NamedTuple):
-    """Between two blocks of a scorer: where the next one lies, the numbers of the one after it, and the sums of weights
-    [WARPS, HEADS] so far.
-    """
-
-    slots: jax.Array
-    numbers: jax.Array
-    total: jax.Array
-
-
-def score(named: Named, scratch: Scratch, me: jax.Array) -> jax.Array:
-    """The sums of weights of blocks me, me + SCORERS, ... of `named`, whose weights go to the adders."""
+def score(named: Named, scratch: Scratch, me: jax.Array) -> None:
+    """Makes weights of blocks me, me + SCORERS, ... of `named` for the adders, and leaves their sums in scratch["sums"]."""
+    slots_smem = scratch["slots"].at[me]
     numbers = [named.names(me + turn * SCORERS) for turn in range(2)]
-    slots = named.find(me, numbers[0])
+    slots_smem[0] = slots = named.find(me, numbers[0])
     named.prefetch(me, slots)
-    plgpu.barrier_wait(scratch["prepared"])
-    total = jnp.zeros((columns.WARPS, columns.COLUMNS), jnp.float32)
-    state = State(slots, numbers[1], plgpu.layout_cast(total, columns.OF_WARPS))
+    plgpu.barrier_wait(scratch["prepared"])  # and the sums of the last query have been read
+    sums_smem = scratch["sums"].at[me]
+    sums_smem[...] = plgpu.layout_cast(jnp.zeros(sums_smem.shape, jnp.float32), columns.OF_WARPS)
 
-    def step(turn: jax.Array, state: State) -> State:
-        i = turn * SCORERS + me
-        load = named.loads(i, state.slots)
+    def step(turn: jax.Array, numbers: jax.Array) -> jax.Array:
+        """Block `turn` of this scorer; numbers: those of the block after it."""
+        i, now = turn * SCORERS + me, lax.rem(turn, 2)
+        load = named.loads(i, of_rows(slots_smem.at[now]))
         first = begin(load)
-        slots = named.find(i + SCORERS, state.numbers)
+        slots_smem[1 - now] = slots = named.find(i + SCORERS, numbers)
         named.prefetch(i + SCORERS, slots)
         power_of, logits = multiply(load, first, scratch, me, jnp.minimum(i, 0))
-        total = weigh(named, scratch, me, i, state.slots, power_of, logits, state.total)
-        return State(slots, named.names(i + 2 * SCORERS), total)
+        weigh(named, scratch, me, i, of_rows(slots_smem.at[now]), power_of, logits)
+        return named.names(i + 2 * SCORERS)
 
     turns = lax.div(named.blocks - me + (SCORERS - 1), SCORERS)
-    return lax.fori_loop(0, turns, step, state).total
+    lax.fori_loop(0, turns, step, numbers[1])
 
 
 def begin(load: gather.Loads) -> gather.Words:
@@ -166,10 +158,9 @@ def weigh(
     slots: jax.Array,
     power_of: jax.Array,
     logits: jax.Array,
-    total: jax.Array,
-) -> jax.Array:
-    """Hands the weights of block i over; returns `total` with them."""
-    other = 1 - me
+) -> None:
+    """Hands the weights of block i over, and adds them to the sums."""
+    other, sums_smem = 1 - me, scratch["sums"].at[me]
 
     def along(x: jax.Array) -> jax.Array:
         """x of each entry, for all heads."""
@@ -180,19 +171,16 @@ def weigh(
         return lax.broadcast_in_dim(x, logits.shape, [1])
 
     logits = logits * across(of_heads(scratch["measure"]))
-    # Relative to the entries' own powers of two, as the entries are. (Not slots < 0: what a loop carries has lost its
-    # sign for comparisons.)
+    # Relative to the entries' own powers of two, as the entries are.
     log = jnp.where(slots == -1, -jnp.inf, (power_of - 127).astype(jnp.float32))
     logits = logits * along(convert.power(power_of)) + along(log)
 
     pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["topped"].at[other]))
     before = jnp.where(i > 0, of_heads(scratch["top"]), LOWEST)
     stale = (i > 0) & (scratch["raised"][other] != 0)
-    total = lax.cond(stale, lambda x: faded(x, scratch["fade"].at[other]), lambda x: x, total)
-    raised = columns.any_above(logits, before + SLACK)
-    top, total = lax.cond(
-        raised, lambda *x: raise_top(scratch, me, logits, *x), lambda *x: x, before, total
-    )
+    pl.when(stale)(lambda: fade(sums_smem, scratch["fade"].at[other]))
+    raised = (i == 0) | columns.any_above(logits, before + SLACK)
+    top = lax.cond(raised, lambda x: raise_top(scratch, me, logits, x), lambda x: x, before)
     scratch["raised"][me] = raised.astype(jnp.int32)
     pl.when(i + 1 < named.blocks)(lambda: plgpu.barrier_arrive(scratch["topped"].at[me]))
 
@@ -200,29 +188,37 @@ def weigh(
     scratch["weights"][me] = weights.astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.barrier_arrive(scratch["scored"].at[me])
-    return total + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
+    sums_smem[...] = of_sums(sums_smem) + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
 
 
-def raise_top(
-    scratch: Scratch, me: jax.Array, logits: jax.Array, before: jax.Array, total: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Raises the reference to the block's own maxima; returns it, and `total` relative to it."""
-    maxima_smem = scratch["maxima"].at[me]
+def raise_top(scratch: Scratch, me: jax.Array, logits: jax.Array, before: jax.Array) -> jax.Array:
+    """Raises the reference to the block's own maxima; returns it, the sums are relative to it."""
+    maxima_smem, fade_smem = scratch["maxima"].at[me], scratch["fade"].at[me]
     maxima_smem[...] = columns.maxima_of_warps(logits)
     plgpu.commit_smem()
     top = before
     for warp in range(columns.WARPS):
         top = jnp.maximum(top, of_heads(maxima_smem.at[warp]))
     scratch["top"][...] = top
-    scratch["fade"][me] = jnp.exp2(before - top)
+    fade_smem[...] = jnp.exp2(before - top)
     plgpu.commit_smem()
-    return top, faded(total, scratch["fade"].at[me])
+    fade(scratch["sums"].at[me], fade_smem)
+    return top
 
 
-def faded(total: jax.Array, fade_smem: Any) -> jax.Array:
-    fade = plgpu.load(fade_smem, layout=columns.OF_WARPS.reduce(0), optimized=False)
-    return total * plgpu.layout_cast(lax.broadcast_in_dim(fade, total.shape, [1]), columns.OF_WARPS)
+def fade(sums_smem: Any, fade_smem: Any) -> None:
+    by = plgpu.load(fade_smem, layout=columns.OF_WARPS.reduce(0), optimized=False)
+    by = plgpu.layout_cast(lax.broadcast_in_dim(by, sums_smem.shape, [1]), columns.OF_WARPS)
+    sums_smem[...] = of_sums(sums_smem) * by
+
+
+def of_sums(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=columns.OF_WARPS, optimized=False)
 
 
 def of_heads(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=PER_HEAD, optimized=False)
+
+
+def of_rows(ref: Any) -> jax.Array:
+    return plgpu.load(ref, layout=gather.EACH_ROW, optimized=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -23,10 +24,10 @@ ROWS, COLUMNS = 64, 64  # 128 bytes a row
 SWIZZLED = plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128)
 
 
-def store(ref: Any, x: jax.Array) -> None:
-    """ref[...] = x, of 16 bits, [ROWS, COLUMNS] in WGMMA's layout, in memory that is SWIZZLED."""
+def store(ref: Any, x: jax.Array, begin: int) -> None:
+    """Columns from `begin` on of ref [ROWS, COLUMNS], which is SWIZZLED, become x, of 16 bits, in WGMMA's layout."""
     if is_interpreted():
-        ref[...] = x
+        ref[:, pl.ds(begin, x.shape[1])] = x
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), plgpu.Layout.WGMMA))
@@ -40,7 +41,7 @@ def store(ref: Any, x: jax.Array) -> None:
         offset = arith.addi(arith.muli(block, _word(2 * strides[0])), arith.muli(row, _word(2 * COLUMNS)))
         start = arith.trunci(_i32(), llvm.ptrtoint(_i64(), utils.memref_ptr(to)))
         registers = x.registers.reshape(-1, 4)  # of two blocks of columns, each of two of rows
-        for i, four in enumerate(registers):
+        for i, four in enumerate(registers, begin // 16):
             of_lane = arith.addi(offset, arith.muli(arith.xori(column, _word(2 * i)), _word(16)))
             words = [llvm.bitcast(_i32(), register) for register in four]
             llvm.inline_asm(

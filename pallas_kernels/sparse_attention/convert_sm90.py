@@ -30,6 +30,7 @@ from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.gather_sm90 import LANES, ROWS, TILE
 
 Q_ROWS = 32  # heads that a warpgroup converts at once
+HALF = 32  # channels of a tile that are multiplied at once: registers hold two such operands
 # Lanes hold the codes and channels that the words they have loaded become: sixteen in a row of a tile, or eight of
 # either half. Rows are those of entries, or heads of q.
 OF_CODES = {
@@ -61,7 +62,7 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: in
     """`rows` of q_smem [2, H, K / 2], the bits of bfloat16 q, to float16; what its products with entries are to be
     multiplied by, the scale of logits and the entries' own powers of two apart, to measure_smem float32 [H].
 
-    Channels of a tile are in the order of `operand`; the first `tiles` are multiplied with codes.
+    Channels of a tile are in the order of `operands`; the first `tiles` are multiplied with codes.
     """
     halves, _, half = q_smem.shape
     pieces = [q_smem.at[at, rows, pl.ds(column, TILE)] for at in range(halves) for column in range(0, half, TILE)]
@@ -72,39 +73,46 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: in
     power_of = jnp.clip(_exponent(functools.reduce(jnp.maximum, tops)), Q_LEAST, 254)
     for i, (piece, x) in enumerate(zip(pieces, held, strict=True)):
         factor = _across(power(2 * 127 + Q_LARGEST - power_of), layouts[i])
-        piece[...] = operand((x.astype(jnp.float32) * factor).astype(jnp.float16), i < tiles)
+        for j, x in enumerate(operands((x.astype(jnp.float32) * factor).astype(jnp.float16), i < tiles)):
+            piece[:, pl.ds(j * HALF, HALF)] = x
     measure_smem[rows] = power(power_of - Q_LARGEST - HEADROOM) * scale
 
 
-def operand(x: jax.Array, of_codes: bool) -> jax.Array:
-    """x [rows, 64], the channels of a tile, as wgmma's first operand, whose order of channels is another: lanes keep
-    what they hold. The second operand has to have the same order; the product does not depend on it.
+def operands(x: jax.Array, of_codes: bool) -> tuple[jax.Array, ...]:
+    """The halves [rows, HALF] of x [rows, 64], the channels of a tile, as wgmma's first operands, whose order of
+    channels is another: lanes keep what they hold. The second operand has to have the same order; the product does not
+    depend on it.
     """
     rows = x.shape[0]
     if is_interpreted():
         if of_codes:  # channel 16 t + 2 c + e is at 8 c + 2 t + e
-            return x.reshape(rows, LANES, 8, 2).transpose(0, 2, 1, 3).reshape(rows, TILE)
-        return x.reshape(rows, 2, LANES, 4, 2).transpose(0, 1, 3, 2, 4).reshape(rows, TILE)
-    layout = OPERAND[rows]
-    held = layout_of(of_codes, rows)
+            x = x.reshape(rows, LANES, 8, 2).transpose(0, 2, 1, 3)
+        else:
+            x = x.reshape(rows, 2, LANES, 4, 2).transpose(0, 1, 3, 2, 4)
+        return tuple(jnp.split(x.reshape(rows, TILE), TILE // HALF, axis=1))
+    layout, held = OPERAND[rows], layout_of(of_codes, rows)
+    found = (plgpu.ShapeDtypeStruct((rows, HALF), x.dtype, layout=layout),) * (TILE // HALF)
 
-    @plgpu.inline_mgpu(arg_types=(held,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
-    def rename(_ctx: Any, x: Any) -> Any:
-        pair = ir.VectorType.get((2,), ir.F16Type.get())
-        registers = np.empty(layout.to_mgpu().registers_shape(x.shape), dtype=object)
-        each = rows // Q_ROWS  # rows of a lane
-        of_row = x.registers.size // each
-        for i in range(registers.size):
-            column, row = divmod(i, each)
-            at = row * of_row + column // 4
-            registers.flat[i] = vector.extract_strided_slice(pair, x.registers.flat[at], [column % 4 * 2], [2], [1])
-        return gather.fragmented(registers, layout, None)
+    @plgpu.inline_mgpu(arg_types=(held,), return_type=found)
+    def rename(_ctx: Any, x: Any) -> tuple[Any, ...]:
+        eights = x.registers.reshape(-1, TILE // HALF)  # of each row of a lane: those of either half
+        return tuple(_parted(eights[:, half], layout, rows) for half in range(TILE // HALF))
 
-    return rename(x)
+    return tuple(rename(x))
+
+
+def _parted(eights: np.ndarray, layout: Any, rows: int) -> Any:
+    """Neighbours of eight as pairs, those of all rows of a lane side by side."""
+    pair = ir.VectorType.get((2,), ir.F16Type.get())
+    registers = np.empty(layout.to_mgpu().registers_shape((rows, HALF)), dtype=object)
+    for i in range(registers.size):
+        block, row = divmod(i, len(eights))
+        registers.flat[i] = vector.extract_strided_slice(pair, eights[row], [2 * block], [2], [1])
+    return gather.fragmented(registers, layout, None)
 
 
 def natural(x: jax.Array, tiles: Sequence[bool]) -> tuple[jax.Array, ...]:
-    """The tiles [rows, 64] of x [rows, n], an accumulator, with channels in their own order: see `operand`.
+    """The tiles [rows, 64] of x [rows, n], an accumulator, with channels in their own order: see `operands`.
 
     tiles: whether each is one of codes.
     """

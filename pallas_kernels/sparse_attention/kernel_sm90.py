@@ -37,9 +37,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
-from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.sparse_attention import columns_sm90 as columns
+from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.add_sm90 import ADDERS, Unit, add, prepare
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
@@ -141,9 +141,10 @@ def attend(
 def scratch_types(width: int) -> dict[str, object]:
     """Shared memory of a thread block for `width` channels: 216 KB of 227 for 512."""
     swizzled = plgpu.TilingTransform((8, gather.TILE)), plgpu.SwizzleTransform(128)
+    narrow = plgpu.TilingTransform((8, convert.HALF)), plgpu.SwizzleTransform(64)
     half = width // ADDERS
-    types: dict[str, object] = {
-        "q": plgpu.SMEM((ADDERS, HEADS, half), jnp.float16, transforms=swizzled),
+    return {
+        "q": plgpu.SMEM((ADDERS, HEADS, half), jnp.float16, transforms=narrow),
         "entries": plgpu.SMEM((SCORERS, ADDERS, BLOCK, half), jnp.float16, transforms=swizzled),
         "weights": plgpu.SMEM((SCORERS, BLOCK, HEADS), jnp.float16, transforms=swizzled),
         "measure": plgpu.SMEM((HEADS,), jnp.float32),  # what products with q are to be multiplied by
@@ -160,6 +161,3 @@ def scratch_types(width: int) -> dict[str, object]:
         "scored": plgpu.Barrier(num_arrivals=1, num_barriers=SCORERS),
         "summed": plgpu.Barrier(num_arrivals=SCORERS),
     }
-    if is_interpreted():
-        types["staged"] = plgpu.SMEM((SCORERS, BLOCK, gather.TILE), jnp.float16, transforms=swizzled)
-    return types

@@ -91,13 +91,13 @@ def multiply(
         words, previous = list(held), None
         if tiles:
             values = convert.of_channels(first.tails[0], power_of)
-            previous = issue(accumulator, scratch, me, tiles, values, False, None)
+            previous = issue(accumulator, scratch, me, tiles, values, False, zero, None)
         for tile in range(len(functions)):
             now = words.pop(0)
             values = convert.of_codes(now, first.scale, tile, power_of) if tiles else convert.of_channels(now, power_of)
             if tile + DEPTH < len(functions):
                 words += functions[tile + DEPTH]()
-            previous = issue(accumulator, scratch, me, tile, values, tile < tiles, previous)
+            previous = issue(accumulator, scratch, me, tile, values, tile < tiles, zero, previous)
         return accumulator[...]
 
     return power_of, pl.run_scoped(products, plgpu.ACC((BLOCK, columns.COLUMNS), jnp.float32))
@@ -121,33 +121,31 @@ def issue(
     tile: int,
     values: jax.Array,
     of_codes: bool,
+    zero: jax.Array,
     previous: jax.Array | None,
 ) -> jax.Array:
-    """Starts accumulator += values @ q of a tile, leaves values in the buffer, and waits for the tile before it,
-    whose operand is `previous`. Returns this one's.
+    """Starts accumulator += values @ q of a tile, leaves values in the buffer, and waits for what was started before,
+    whose operand is `previous`. Returns the last one's.
     """
     q_smem, entries_smem = scratch["q"], scratch["entries"]
-    half = entries_smem.shape[-1]
-    at, column = divmod(tile * gather.TILE, half)
-    first, place = convert.operand(values, of_codes), (at, slice(None), pl.ds(column, gather.TILE))
-    if os.environ.get('STM','1')=='1': operand_store.store(entries_smem.at[me, *place], first)
-    else: entries_smem[me, *place] = first
-    if is_interpreted():  # its wgmma reads memory only
-        plgpu.commit_smem()
-        plgpu.wgmma(accumulator, entries_smem.at[me, *place], q_smem.at[*place].T)
-        return first
-    plgpu.wgmma(accumulator, first, q_smem.at[*place].T)
-    mode = os.environ.get("MODE", "double")
-    if mode == "single":
-        plgpu.wgmma_wait(0)
-        lax.optimization_barrier(first)
-    elif mode == "double" and previous is not None:
-        plgpu.wgmma_wait(1)
-        # Both are alive here: registers that wgmma reads are not to be written before it has ended.
-        lax.optimization_barrier(previous)
-    elif mode == "nobar" and previous is not None:
-        plgpu.wgmma_wait(1)
-    return first
+    at, column = divmod(tile * gather.TILE, entries_smem.shape[-1])
+    tile_smem = entries_smem.at[me, at, :, pl.ds(column, gather.TILE)]
+    for i, operand in enumerate(convert.operands(values, of_codes)):
+        begin = i * convert.HALF
+        second = q_smem.at[zero + at, :, pl.ds(column + begin, convert.HALF)].T
+        operand_store.store(tile_smem, operand, begin)
+        if is_interpreted():  # its wgmma reads memory only
+            plgpu.commit_smem()
+            plgpu.wgmma(accumulator, tile_smem.at[:, pl.ds(begin, convert.HALF)], second)
+            continue
+        plgpu.wgmma(accumulator, operand, second)
+        if os.environ.get("MODE") == "single": plgpu.wgmma_wait(0)
+        elif previous is not None:
+            plgpu.wgmma_wait(1)
+            # Both are alive here: registers that wgmma reads are not to be written before it has ended.
+            lax.optimization_barrier(previous)
+        previous = operand
+    return previous
 
 
 def weigh(

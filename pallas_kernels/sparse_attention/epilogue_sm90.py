@@ -31,6 +31,7 @@ class Whole(NamedTuple):
 
 def finish(
     unit: Unit,
+    blocks: jax.Array,
     sums: Sequence[jax.Array],
     scratch: Scratch,
     me: jax.Array,
@@ -42,10 +43,10 @@ def finish(
     """This adder's half of the channels of the output, and the log-sum-exp without the sink.
 
     bfloat16 goes out through q's shared memory, as float16's bits; float32, the results of splits, at once. The first
-    `tiles` tiles of channels are those of codes.
+    `tiles` tiles of channels are those of codes. sums: of `blocks` blocks of entries.
     """
     plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
-    total, top = totals(scratch)
+    total, top = totals(blocks, scratch)
     some = total != 0
     lse2 = jnp.where(some, jnp.log2(jnp.where(some, total, 1.0)) + (top - USUAL), 0.0)
     share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
@@ -94,9 +95,14 @@ def of_channels(ref: Any, layout: Any) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEADS, TILE), [1]), layout)
 
 
-def totals(scratch: Scratch) -> tuple[jax.Array, jax.Array]:
+def totals(blocks: jax.Array, scratch: Scratch) -> tuple[jax.Array, jax.Array]:
     """The sums of weights of both scorers, and what they are relative to, of each head."""
-    parts = [
-        of_heads(scratch["sums"].at[scorer, warp]) for scorer in range(SCORERS) for warp in range(columns.WARPS)
-    ]
-    return sum(parts[1:], start=parts[0]), of_heads(scratch["top"])
+    last = lax.rem(blocks + SCORERS - 1, SCORERS)  # who had the last block, and may have raised the reference in it
+
+    def of_scorer(scorer: jax.Array) -> jax.Array:
+        parts = [of_heads(scratch["sums"].at[scorer, warp]) for warp in range(columns.WARPS)]
+        return sum(parts[1:], start=parts[0])
+
+    stale = (blocks > 0) & (scratch["raised"][last] != 0)
+    fade = jnp.where(stale, of_heads(scratch["fade"].at[last]), 1.0)
+    return of_scorer(last) + of_scorer(1 - last) * fade, of_heads(scratch["top"])

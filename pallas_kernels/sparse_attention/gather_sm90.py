@@ -43,7 +43,8 @@ TAIL = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, 2 * WORDS), (16, 2 * WORDS), (8, 2 * WORDS), (16,), (4,))), (-8,), (-4, -2), -1
 )
 EACH_ROW = CODES.reduce(1)  # of a vector with one element a row
-_LOAD = "ld.global"  # with .nc, what is loaded next would move before a fence, which waits for it
+import os
+_LOAD = os.environ.get("LOAD", "ld.global")  # with .nc, what is loaded next would move before a fence, which waits for it
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def attend(
                 at, named = unit(info.index[0])
                 prepare(at, q_gmem, scratch, me, scale, layouts[0].parts.tiles)
                 sums = add(named.blocks, scratch, me)
-                finish(at, sums, scratch, me, whole, out_gmem, lse_gmem, layouts[0].parts.tiles)
+                finish(at, named.blocks, sums, scratch, me, whole, out_gmem, lse_gmem, layouts[0].parts.tiles)
 
             plgpu.wait_smem_to_gmem(0)
 

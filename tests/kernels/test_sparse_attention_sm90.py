@@ -166,6 +166,16 @@ def test_scales_at_the_ends_of_their_range(exponent):
     check(kernel(q, entries, index, None, None, None, None), want)
 
 
+@pytest.mark.parametrize("count", [128, 300])
+def test_logits_that_grow(count):
+    """Every block exceeds what the one before it is relative to, the last one too."""
+    entries = rows(1, 1, count)
+    scale = entries.scale.astype(jnp.int32) + (jnp.arange(count) // 60)[None, :, None]
+    entries = dataclasses.replace(entries, scale=scale.astype(entries.scale.dtype))
+    args = queries(0, 1, 1) * 2, entries, np.arange(count, dtype=np.int32)[None, None], None, None, None, SINK
+    check(kernel(*args), reference(*args))
+
+
 @pytest.mark.parametrize(("kind", "width", "rotary", "heads"), [("fp8", 64, 16, 8), ("bfloat16", 96, 0, 8)])
 def test_other_sizes(kind, width, rotary, heads):
     """Tiles that rows do not fill, and heads that do not fill a thread block."""

@@ -72,8 +72,9 @@ class Named:
 
         return self._of_block(i, find)
 
-    def prefetch(self, i: jax.Array, slots: jax.Array) -> None:
+    def ask(self, i: jax.Array) -> None:
         """Asks for block i, as far as the L2 cache."""
+        slots = self.find(i, self.names(i))
 
         def ask(layout: Layout, source: Source, _limit: jax.Array, _start: jax.Array) -> None:
             gather.prefetch_rows(source.arrays, layout.parts, *place(layout, self.sequence, slots))

@@ -53,10 +53,6 @@ def finish(
     if whole.sink_gmem is not None:
         share = share / (1 + jnp.exp2(of_heads(whole.sink_gmem.at[unit.heads]) * LOG2_E - lse2))
 
-    @pl.when(me == 0)
-    def _lse():
-        lse_gmem[unit.split, unit.query, unit.heads] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
-
     q_smem, sums = scratch["q"], scaled(sums, share)
     half = q_smem.shape[-1]
     out_gmem = out_gmem.at[unit.split, unit.query, unit.heads, pl.ds(me * half, half)]
@@ -65,7 +61,12 @@ def finish(
     if out_gmem.dtype != jnp.float32:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[me], out_gmem)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(me == 0)  # now: the fence before a copy waits for all that is stored before it
+    def _lse():
+        lse_gmem[unit.split, unit.query, unit.heads] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def put(

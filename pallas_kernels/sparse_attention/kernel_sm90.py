@@ -110,8 +110,8 @@ def attend(
             @plgpu.nd_loop(**loop)
             def _units(info):
                 at, named = unit(info.index[0])
-                prepare(at, q_gmem, scratch, me, scale, layouts[0].parts.tiles)
-                sums = add(named.blocks, scratch, me)
+                prepare(at, named, q_gmem, scratch, me, scale)
+                sums = add(named, scratch, me)
                 finish(at, named.blocks, sums, scratch, me, whole, out_gmem, lse_gmem, layouts[0].parts.tiles)
 
             plgpu.wait_smem_to_gmem(0)

@@ -32,28 +32,30 @@ Scratch = Mapping[str, Any]
 
 
 def score(named: Named, scratch: Scratch, me: jax.Array) -> None:
-    """Makes weights of blocks me, me + SCORERS, ... of `named` for the adders, and leaves their sums in scratch["sums"]."""
-    slots_smem = scratch["slots"].at[me]
+    """Makes weights of blocks me, me + SCORERS, ... of `named` for the adders; their sums are left in shared memory."""
+    slots_smem, sums_smem = scratch["slots"].at[me], scratch["sums"].at[me]
     numbers = [named.names(me + turn * SCORERS) for turn in range(2)]
-    slots_smem[0] = slots = named.find(me, numbers[0])
-    named.prefetch(me, slots)
-    plgpu.barrier_wait(scratch["prepared"])  # and the sums of the last query have been read
-    sums_smem = scratch["sums"].at[me]
-    sums_smem[...] = plgpu.layout_cast(jnp.zeros(sums_smem.shape, jnp.float32), columns.OF_WARPS)
+    slots_smem[0] = named.find(me, numbers[0])
 
     def step(turn: jax.Array, numbers: jax.Array) -> jax.Array:
         """Block `turn` of this scorer; numbers: those of the block after it."""
         i, now = turn * SCORERS + me, lax.rem(turn, 2)
         load = named.loads(i, of_rows(slots_smem.at[now]))
         first = begin(load)
-        slots_smem[1 - now] = slots = named.find(i + SCORERS, numbers)
-        named.prefetch(i + SCORERS, slots)
+        slots_smem[1 - now] = named.find(i + SCORERS, numbers)
+        # q is there, and the last query's sums have been read.
+        pl.when(turn == 0)(lambda: plgpu.barrier_wait(scratch["prepared"]))
         power_of, logits = multiply(load, first, scratch, me, jnp.minimum(i, 0))
         weigh(named, scratch, me, i, of_rows(slots_smem.at[now]), power_of, logits)
         return named.names(i + 2 * SCORERS)
 
     turns = lax.div(named.blocks - me + (SCORERS - 1), SCORERS)
     lax.fori_loop(0, turns, step, numbers[1])
+
+    @pl.when(turns == 0)
+    def _none():
+        plgpu.barrier_wait(scratch["prepared"])
+        sums_smem[...] = plgpu.layout_cast(jnp.zeros(sums_smem.shape, jnp.float32), columns.OF_WARPS)
 
 
 def begin(load: gather.Loads) -> gather.Words:
@@ -139,7 +141,8 @@ def issue(
             plgpu.wgmma(accumulator, tile_smem.at[:, pl.ds(begin, convert.HALF)], second)
             continue
         plgpu.wgmma(accumulator, operand, second)
-        if os.environ.get("MODE") == "single": plgpu.wgmma_wait(0)
+        if os.environ.get("MODE") == "single":
+            plgpu.wgmma_wait(0)
         elif previous is not None:
             plgpu.wgmma_wait(1)
             # Both are alive here: registers that wgmma reads are not to be written before it has ended.
@@ -186,7 +189,8 @@ def weigh(
     scratch["weights"][me] = weights.astype(jnp.float16)
     plgpu.commit_smem()
     plgpu.barrier_arrive(scratch["scored"].at[me])
-    sums_smem[...] = of_sums(sums_smem) + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
+    before = jnp.where(i < SCORERS, 0.0, of_sums(sums_smem))
+    sums_smem[...] = before + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
 
 
 def raise_top(scratch: Scratch, me: jax.Array, logits: jax.Array, before: jax.Array) -> jax.Array:

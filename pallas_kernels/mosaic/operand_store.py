@@ -5,7 +5,7 @@ them is copied before. For the interpreter, a plain store.
 """
 
 # Mosaic's Python is not typed for outsiders.
-# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportAbstractUsage=false
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def store(ref: Any, x: jax.Array, begin: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(SWIZZLED), plgpu.Layout.WGMMA))
     def run(_ctx: Any, to: ir.Value, x: Any) -> None:
         strides, _ = ir.MemRefType(to.type).get_strides_and_offset()
-        lane, warp = (arith.remui(i, _word(n)) for i, n in ((utils.thread_idx(), 32), (_div(utils.thread_idx(), 32), 4)))
+        lane, warp = (
+            arith.remui(i, _word(n)) for i, n in ((utils.thread_idx(), 32), (_div(utils.thread_idx(), 32), 4))
+        )
         matrix, row = _div(lane, 8), arith.remui(lane, _word(8))
         # Matrices of eight rows and columns: lower rows first, then columns. This lane has the address of one row.
         block = arith.addi(arith.muli(warp, _word(2)), arith.remui(matrix, _word(2)))

@@ -20,9 +20,8 @@ from pallas_kernels.sparse_attention.entries_sm90 import Named
 from pallas_kernels.sparse_attention.products_sm90 import add_products
 from pallas_kernels.sparse_attention.score_sm90 import SCORERS, Scratch
 
-import os
 ADDERS = 2
-AHEAD = int(os.environ.get('AHEAD', '4'))  # blocks that are on their way to the L2 cache
+AHEAD = 4  # blocks that are on their way to the L2 cache
 HEADS = columns.COLUMNS
 COLUMNS = 128  # of an accumulator: one instruction may not name more registers than a thread has at launch
 LOG2_E = math.log2(math.e)
@@ -41,9 +40,7 @@ def prepare(unit: Unit, named: Named, q_gmem: Any, scratch: Scratch, me: jax.Arr
     """q to shared memory, this adder half of the channels, and to float16, half of the heads."""
     q_smem = scratch["q"]
     half = q_smem.shape[-1]
-    plgpu.copy_gmem_to_smem(
-        q_gmem.at[unit.query, unit.heads, pl.ds(me * half, half)], q_smem.at[me], scratch["asked"]
-    )
+    plgpu.copy_gmem_to_smem(q_gmem.at[unit.query, unit.heads, pl.ds(me * half, half)], q_smem.at[me], scratch["asked"])
     for i in range(0, AHEAD, ADDERS):
         named.ask(me + i)
     plgpu.barrier_wait(scratch["asked"])

@@ -48,9 +48,7 @@ def _of_warps(x: jax.Array, in_jnp: Callable[..., jax.Array], of_two: Reduce) ->
     @plgpu.inline_mgpu(arg_types=(ACCUMULATOR,), return_type=found)
     def reduce(_ctx: Any, x: Any) -> Any:
         pairs = x.registers.reshape(BLOCKS, 2)  # of which a lane has two rows
-        blocks = [
-            [of_two(*(vector.extract(pair, [], [i]) for pair in rows)) for i in range(2)] for rows in pairs
-        ]
+        blocks = [[of_two(*(vector.extract(pair, [], [i]) for pair in rows)) for i in range(2)] for rows in pairs]
         lane = arith.remui(utils.thread_idx(), _word(32))
         for bit in (2, 1, 0):  # of the block that a lane keeps: of two it hands the other's on
             mask = _word(4 << bit)

@@ -64,8 +64,8 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: in
 
     Channels of a tile are in the order of `operands`; the first `tiles` are multiplied with codes.
     """
-    halves, _, half = q_smem.shape
-    pieces = [q_smem.at[at, rows, pl.ds(column, TILE)] for at in range(halves) for column in range(0, half, TILE)]
+    sides, _, side = q_smem.shape
+    pieces = [q_smem.at[at, rows, pl.ds(column, TILE)] for at in range(sides) for column in range(0, side, TILE)]
     layouts = [layout_of(i < tiles, Q_ROWS) for i in range(len(pieces))]
     held = [plgpu.load(x, layout=of, optimized=False) for x, of in zip(pieces, layouts, strict=True)]
     held = [lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
@@ -73,8 +73,9 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: in
     power_of = jnp.clip(_exponent(functools.reduce(jnp.maximum, tops)), Q_LEAST, 254)
     for i, (piece, x) in enumerate(zip(pieces, held, strict=True)):
         factor = _across(power(2 * 127 + Q_LARGEST - power_of), layouts[i])
-        for j, x in enumerate(operands((x.astype(jnp.float32) * factor).astype(jnp.float16), i < tiles)):
-            piece[:, pl.ds(j * HALF, HALF)] = x
+        scaled = (x.astype(jnp.float32) * factor).astype(jnp.float16)
+        for j, half in enumerate(operands(scaled, i < tiles)):
+            piece[:, pl.ds(j * HALF, HALF)] = half
     measure_smem[rows] = power(power_of - Q_LARGEST - HEADROOM) * scale
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sparse_attention import gather_sm90 as gather
+from pallas_kernels.sparse_attention.prefetch_sm90 import prefetch_rows
 
 BLOCK = gather.ROWS  # entries that are multiplied at once
 
@@ -77,7 +78,7 @@ class Named:
         slots = self.find(i, self.names(i))
 
         def ask(layout: Layout, source: Source, _limit: jax.Array, _start: jax.Array) -> None:
-            gather.prefetch_rows(source.arrays, layout.parts, *place(layout, self.sequence, slots))
+            prefetch_rows(source.arrays, layout.parts, *place(layout, self.sequence, slots))
 
         self._of_block(i, ask)
 

@@ -1,7 +1,7 @@
 """The end of a query: sums of weights to the softmax's denominators, the sink, the log-sum-exp, and out."""
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
-# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

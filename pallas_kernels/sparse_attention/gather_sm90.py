@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -43,8 +43,7 @@ TAIL = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, 2 * WORDS), (16, 2 * WORDS), (8, 2 * WORDS), (16,), (4,))), (-8,), (-4, -2), -1
 )
 EACH_ROW = CODES.reduce(1)  # of a vector with one element a row
-import os
-_LOAD = os.environ.get("LOAD", "ld.global")  # with .nc, what is loaded next would move before a fence, which waits for it
+_LOAD = "ld.global"  # with .nc, what is loaded next would move before a fence, which waits for it
 
 
 @dataclass(frozen=True)
@@ -162,39 +161,6 @@ def look_up(table_gmem: Any, sequence: jax.Array, index: jax.Array) -> jax.Array
     return look(table_gmem.at[sequence], index)
 
 
-def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, row: jax.Array) -> None:
-    """Asks for the rows that `load` will load, as far as the L2 cache."""
-    if is_interpreted():
-        return
-
-    @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), EACH_ROW, EACH_ROW))
-    def prefetch(_ctx: Any, arrays: tuple[ir.Value, ...], pages: Any, rows: Any) -> None:
-        lane = arith.andi(utils.thread_idx(), _constant(LANES - 1))
-        for page, row in _held(pages, rows):
-            _prefetch_row(arrays, parts, page, row, lane)
-
-    prefetch(arrays_gmem, page, row)
-
-
-def _prefetch_row(arrays: tuple[ir.Value, ...], parts: Parts, page: ir.Value, row: ir.Value, lane: ir.Value) -> None:
-    """Each lane of a row asks for a piece of its own."""
-    bulk = "cp.async.bulk.prefetch.L2.global [$0], {};"
-    pieces = [(parts.tail, bulk.format(parts.tail.size))]
-    if parts.codes is not None and parts.scale is not None:
-        size = parts.codes.size + parts.tail.size
-        if replace(parts.codes, begin=parts.codes.begin + parts.codes.size, size=parts.tail.size) == parts.tail:
-            pieces = [(parts.codes, bulk.format(size))]  # one behind the other
-        else:
-            pieces.append((parts.codes, bulk.format(parts.codes.size)))
-        pieces.append((parts.scale, "prefetch.global.L2 [$0];"))
-    seen = arith.cmpi(arith.CmpIPredicate.sge, row, _constant(0))
-    for i, (part, instruction) in enumerate(pieces):
-        here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, _constant(i)))
-        ask = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {instruction} }}"
-        operands = [_behind(_start(arrays, part, page, row), part.begin), arith.extui(i32(), here)]
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ask, "l,r", has_side_effects=True)
-
-
 def _load_in_jnp(arrays_gmem: tuple[Any, ...], piece: Piece, place: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
     """What `_load_in_mosaic` loads."""
     part, array = piece.part, arrays_gmem[piece.part.array][...]
@@ -221,9 +187,9 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _load_in_mosaic(arrays: list[Any], of_each: Sequence[Piece], places: list[Any], second: Any) -> list[Any]:
-    second = arith.cmpi(arith.CmpIPredicate.eq, _scalar(second.registers.item()), _constant(1))
-    lane = arith.andi(utils.thread_idx(), _constant(LANES - 1))
-    rows = zip(*(_held(*place) for place in places), strict=True)
+    second = arith.cmpi(arith.CmpIPredicate.eq, _scalar(second.registers.item()), constant(1))
+    lane = arith.andi(utils.thread_idx(), constant(LANES - 1))
+    rows = zip(*(held(*place) for place in places), strict=True)
     loaded = [_load_row(arrays, of_each, places_of_row, second, lane) for places_of_row in rows]
     piece = of_each[0]
     shape = piece.layout.to_mgpu().registers_shape(piece.shape)
@@ -238,32 +204,32 @@ def _load_row(
 ) -> list[ir.Value]:
     """What a lane loads of a piece of one row: registers of 16 bytes, or in EACH_ROW words."""
     row = places[0][1]  # not seen in one source, not in the other
-    seen = arith.cmpi(arith.CmpIPredicate.sge, row, _constant(0))
+    seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
     piece, begins = of_each[0], [x.part.begin + x.begin for x in of_each]
-    starts = [_start(of, x.part, *at) for of, x, at in zip(arrays, of_each, places, strict=True)]
+    starts = [start_of(of, x.part, *at) for of, x, at in zip(arrays, of_each, places, strict=True)]
     begin = begins[0]
     if len(set(begins)) > 1:
-        starts, begin = [_behind(*x) for x in zip(starts, begins, strict=True)], 0
+        starts, begin = [behind(*x) for x in zip(starts, begins, strict=True)], 0
     start = starts[0]
     if len(starts) > 1:
         start = arith.select(second, starts[1], starts[0])
     if piece.layout == EACH_ROW:
-        return _load(_behind(start, begin), piece.size // 4, seen)
+        return _load(behind(start, begin), piece.size // 4, seen)
     start = arith.addi(start, _times(lane, 16))
     registers = []
     for i in range(piece.shape[1] // WORDS):
         lanes = (piece.size - i * TILE) // 16  # that have something to load
         if lanes <= 0:
-            registers.append(_vector([_constant(0)] * 4))
+            registers.append(_vector([constant(0)] * 4))
             continue
         mine = seen
         if lanes < LANES:
-            mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, _constant(lanes)))
-        registers.append(_vector(_load(_behind(start, begin + i * TILE), 4, mine)))
+            mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, constant(lanes)))
+        registers.append(_vector(_load(behind(start, begin + i * TILE), 4, mine)))
     return registers
 
 
-def _held(pages: Any, rows: Any) -> list[tuple[ir.Value, ir.Value]]:
+def held(pages: Any, rows: Any) -> list[tuple[ir.Value, ir.Value]]:
     """Page and row of each row that a lane has a part of."""
     return [(_scalar(page), _scalar(row)) for page, row in zip(pages.registers.flat, rows.registers.flat, strict=True)]
 
@@ -275,7 +241,7 @@ def _array(registers: list[ir.Value], shape: tuple[int, ...]) -> np.ndarray:
     return found.reshape(shape)
 
 
-def _start(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
+def start_of(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
     """Where a row is, but for the constant where a part of it begins: several parts share this address."""
     return arith.addi(_address(arrays[part.array]), arith.addi(_times(page, part.page), _times(row, part.row)))
 
@@ -296,7 +262,7 @@ def _load(address: ir.Value, count: int, seen: ir.Value | None = None) -> list[i
     return [llvm.extractvalue(i32(), found, [i]) for i in range(count)] if count > 1 else [found]
 
 
-def _behind(address: ir.Value, offset: int) -> ir.Value:
+def behind(address: ir.Value, offset: int) -> ir.Value:
     return arith.addi(address, arith.constant(_i64(), offset))
 
 
@@ -327,7 +293,7 @@ def _i64() -> ir.Type:
     return ir.IntegerType.get_signless(64)
 
 
-def _constant(value: int) -> ir.Value:
+def constant(value: int) -> ir.Value:
     return arith.constant(i32(), value)
 
 

@@ -47,8 +47,7 @@ from pallas_kernels.sparse_attention.epilogue_sm90 import Whole, finish
 from pallas_kernels.sparse_attention.score_sm90 import SCORERS, score
 
 HEADS = columns.COLUMNS  # of a thread block
-import os
-ADDER_REGISTERS = int(os.environ.get("AR", "160"))
+ADDER_REGISTERS = 160
 SCORER_REGISTERS = launch_registers(SCORERS + ADDERS) // SCORERS - ADDER_REGISTERS * ADDERS // SCORERS
 
 

@@ -22,8 +22,7 @@ from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Named
 
 SCORERS = 2  # and buffers: a scorer puts blocks into its own
-import os
-DEPTH = int(os.environ.get("DEPTH", "2"))  # tiles of words that are on their way to registers
+DEPTH = 2  # tiles of words that are on their way to registers
 USUAL = 7  # log2 of what the reference's logit weighs
 SLACK = 8  # log2 of how far a logit may exceed the reference: weights stay within 2^15
 LOWEST = -3e38  # the reference of no logits
@@ -125,7 +124,7 @@ def issue(
     of_codes: bool,
     zero: jax.Array,
     previous: jax.Array | None,
-) -> jax.Array:
+) -> jax.Array | None:
     """Starts accumulator += values @ q of a tile, leaves values in the buffer, and waits for what was started before,
     whose operand is `previous`. Returns the last one's.
     """
@@ -134,6 +133,7 @@ def issue(
     tile_smem = entries_smem.at[me, at, :, pl.ds(column, gather.TILE)]
     for i, operand in enumerate(convert.operands(values, of_codes)):
         begin = i * convert.HALF
+        # Where `zero` is not known to be zero, addresses are not kept in registers for all blocks.
         second = q_smem.at[zero + at, :, pl.ds(column + begin, convert.HALF)].T
         operand_store.store(tile_smem, operand, begin)
         if is_interpreted():  # its wgmma reads memory only
@@ -141,9 +141,7 @@ def issue(
             plgpu.wgmma(accumulator, tile_smem.at[:, pl.ds(begin, convert.HALF)], second)
             continue
         plgpu.wgmma(accumulator, operand, second)
-        if os.environ.get("MODE") == "single":
-            plgpu.wgmma_wait(0)
-        elif previous is not None:
+        if previous is not None:
             plgpu.wgmma_wait(1)
             # Both are alive here: registers that wgmma reads are not to be written before it has ended.
             lax.optimization_barrier(previous)

@@ -21,7 +21,7 @@ from pallas_kernels.sparse_attention.products_sm90 import add_products
 from pallas_kernels.sparse_attention.score_sm90 import SCORERS, Scratch
 
 ADDERS = 2
-AHEAD = 4  # blocks that are on their way to the L2 cache
+AHEAD = 2  # blocks that are on their way to the L2 cache
 HEADS = columns.COLUMNS
 COLUMNS = 128  # of an accumulator: one instruction may not name more registers than a thread has at launch
 LOG2_E = math.log2(math.e)

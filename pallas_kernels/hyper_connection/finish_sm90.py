@@ -22,11 +22,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.hyper_connection.project_sm90 import ROW
 from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, MOST_HELD, STREAMS, PreTiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import store_narrow
-from pallas_kernels.quantize_rows.kernel_sm90 import registers, spread
+from pallas_kernels.quant.tensor import QuantTensor
+from pallas_kernels.quantize_rows.kernel_sm90 import quantized, registers, spread
 
 AHEAD = 32  # groups of columns up to which a warpgroup holds the next token's streams beside x
 COMB = range(2 * STREAMS, MIXED)
@@ -48,13 +50,28 @@ def scratch(held: int) -> dict[str, Any]:
     }
 
 
-def out_types(tokens: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of x, post and comb."""
+def out_types(tokens: int, width: int, form: QuantFormat | None) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of x, post and comb, and of x's codes and their scales if there is a format for them."""
+    of_codes = ()
+    if form is not None:
+        of_scales = jnp.uint8 if form.scale == "ue8m0" else jnp.float32
+        of_codes = (
+            jax.ShapeDtypeStruct((tokens, width // CHUNK, CHUNK), form.values_dtype),
+            jax.ShapeDtypeStruct((tokens, width // CHUNK), of_scales),
+        )
     return (
         jax.ShapeDtypeStruct((tokens, width // CHUNK, CHUNK), jnp.bfloat16),
         jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
         jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
+        *of_codes,
     )
+
+
+def of_rows(codes: jax.Array, scale: jax.Array, form: QuantFormat) -> QuantTensor:
+    """[m, D] of codes and scales as they are written."""
+    if form.scale == "ue8m0":
+        scale = lax.bitcast_convert_type(scale, jnp.float8_e8m0fnu)
+    return QuantTensor(codes.reshape(codes.shape[0], -1), scale, form)
 
 
 def finish(
@@ -66,10 +83,11 @@ def finish(
     norm_weight: jax.Array,
     numbers: Numbers,
     tiling: PreTiling,
+    form: QuantFormat | None = None,
 ) -> tuple[jax.Array, ...]:
     """x [m, D/128, 128], post [m, 4] and comb [m, 16] of streams [m, 4, D/128, 128], in one launch of its own.
 
-    norm_weight [D/128, 128].
+    norm_weight [D/128, 128]. form: of x's codes, which follow: float8 [m, D/128, 128] and stored scales [m, D/128].
     """
     tokens, _, groups, _ = streams.shape
     held = tiling.held
@@ -79,11 +97,11 @@ def finish(
 
     def kernel(*refs, **scratch):
         token = lax.axis_index("item") * held
-        finish_tokens(token, *refs, numbers=numbers, tiling=tiling, **scratch)
+        finish_tokens(token, *refs, numbers=numbers, tiling=tiling, form=form, **scratch)
 
     return plgpu.kernel(
         kernel,
-        out_type=out_types(tokens, groups * CHUNK),
+        out_type=out_types(tokens, groups * CHUNK, form),
         grid=(tokens // held,),
         grid_names=("item",),
         scratch_types=scratch(held),
@@ -101,9 +119,10 @@ def finish_tokens(
     x_gmem: Any,
     post_gmem: Any,
     comb_gmem: Any,
-    *,
+    *codes_gmem: Any,
     numbers: Numbers,
     tiling: PreTiling,
+    form: QuantFormat | None,
     mixed: Any,
     into: Any,
 ) -> None:
@@ -147,7 +166,12 @@ def finish_tokens(
         squares = jnp.sum(wide * wide, axis=1)
         squares = jnp.sum(squares) if groups > 1 else spread(squares, layout)
         x = wide * lax.rsqrt(squares / (groups * CHUNK) + numbers.norm_eps) * of_columns.astype(jnp.float32)
-        x_gmem[token + t] = x.astype(jnp.bfloat16)
+        rounded = x.astype(jnp.bfloat16)
+        x_gmem[token + t] = rounded
+        if form is not None:
+            codes, stored = quantized(rounded.astype(jnp.float32), form, layout)
+            codes_gmem[0][token + t] = codes
+            store_narrow(codes_gmem[1], token + t, stored)
         if t + 1 < held and groups > AHEAD:
             streams = load_streams(t + 1)
 

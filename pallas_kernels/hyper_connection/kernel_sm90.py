@@ -7,9 +7,12 @@ of 4 x 4096. Beyond, it reads them again: (4 n + 2) m D. On an H100, 4 x 4096 wi
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.hyper_connection import finish_sm90, project_sm90
 from pallas_kernels.hyper_connection.finish_sm90 import Numbers
 from pallas_kernels.hyper_connection.reference import Mix
@@ -26,8 +29,9 @@ def pre(
     iterations: int,
     eps: float,
     norm_eps: float,
+    form: QuantFormat | None = None,
     tiling: PreTiling | None = None,
-) -> tuple[jax.Array, Mix]:
+) -> tuple[Any, ...]:
     """`reference.pre` of streams [.., 4, D] bfloat16 and fn [24, 4 D] float32; D is a multiple of 256."""
     *leading, n, width = streams.shape
     f = streams.reshape(-1, n * width)
@@ -36,7 +40,9 @@ def pre(
     base, scale = base.astype(jnp.float32), scale.astype(jnp.float32)
     partials = project_sm90.project(f, fn, tiling, BLOCKS)
     of_tokens = f.reshape(len(f), n, width // CHUNK, CHUNK)
-    x, post, comb = finish_sm90.finish(
-        *partials, of_tokens, base, scale, norm_weight.reshape(-1, CHUNK), numbers, tiling
+    x, post, comb, *codes = finish_sm90.finish(
+        *partials, of_tokens, base, scale, norm_weight.reshape(-1, CHUNK), numbers, tiling, form
     )
-    return x.reshape(*leading, width), Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
+    mix = Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
+    of_rows = () if form is None else (finish_sm90.of_rows(codes[0], codes[1], form),)
+    return x.reshape(*leading, width), mix, *of_rows

@@ -19,7 +19,7 @@ from dsv4.model.rope import frequencies
 from dsv4.parameters import SpecTree
 from pallas_kernels.block_matmul import block_diagonal_matmul
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.quant import Rows, as_cached
+from pallas_kernels.quant import QuantTensor, Rows, as_cached
 from pallas_kernels.ring import MAX_STEP
 from pallas_kernels.rotary import Rotation, rotation, turn
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
@@ -68,19 +68,20 @@ class Attention(nnx.Module):
         count: jax.Array,
         cache: LayerCache | None,
         *,
+        codes: QuantTensor | None = None,
         attend_all: bool = False,
     ) -> tuple[jax.Array, LayerCache | None, AttentionTrace]:
         """Attends tokens x [B, T, D] at positions start[b].., of which the first count[b] are real.
 
-        cache None: the full sequence from position 0. attend_all: CSA layers attend every visible entry (the dense
-        stage of training) while the indexer still learns.
+        codes: x [B * T, D] rounded, where that is known. cache None: the full sequence from position 0. attend_all: CSA
+        layers attend every visible entry (the dense stage of training) while the indexer still learns.
         """
         position = start[:, None] + jnp.arange(x.shape[1])[None]
         rope = frequencies(self.config, self.layer)
         forward = rotation(position, rope)
-        q_latent = self.q_norm(self._project(self.wq_a, x))
+        q_latent = self.q_norm(self._project(self.wq_a, x, codes))
         q = self._queries(q_latent, forward)
-        kv = self.kv_norm(self._project(self.wkv, x))
+        kv = self.kv_norm(self._project(self.wkv, x, codes))
         kv = turn(kv, forward)
 
         entries = compressed = keys = index = scores = None
@@ -119,8 +120,8 @@ class Attention(nnx.Module):
     def _sink(self) -> jax.Array | None:
         return None if self.attn_sink is None else read(self.attn_sink)
 
-    def _project(self, linear: Linear, x: jax.Array) -> jax.Array:
-        return linear(x, **self.execution.products)
+    def _project(self, linear: Linear, x: jax.Array, codes: QuantTensor | None = None) -> jax.Array:
+        return linear(x, codes=codes, **self.execution.products)
 
     def _queries(self, q_latent: jax.Array, forward: Rotation) -> jax.Array:
         heads, head_dim = self.config.heads, self.config.head_dim

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sparse_attention import gather_sm90 as gather
-from pallas_kernels.sparse_attention.prefetch_sm90 import prefetch_rows
 
-BLOCK = gather.ROWS  # entries that are multiplied at once
+BLOCK = 64  # entries that are multiplied at once
 
 
 @dataclass(frozen=True)
@@ -54,54 +53,73 @@ class Named:
         self.query, self.sequence = query, lax.div(query, tokens)
         limits = [limit(layout, source, query) for layout, source in zip(layouts, sources_gmem, strict=True)]
         self.each = list(zip(layouts, sources_gmem, limits, strict=True))
-        self.parts = layouts[0].parts
         self.first_blocks = blocks(limits[0])
         total = functools.reduce(jnp.add, map(blocks, limits))
         self.first = lax.div(total * split, splits)
         self.blocks = lax.div(total * (split + 1), splits) - self.first
 
-    def names(self, i: jax.Array) -> jax.Array:
-        """The numbers of the entries of block i, anything where it has fewer."""
-        return self._of_block(i, lambda _layout, source, _limit, start: named(source, self.query, start))
+    def stream(self, part: jax.Array, put: Callable[..., None]) -> None:
+        """put(i, words, load, row) of part `part` of every block i, see `convert_sm90.put`.
 
-    def find(self, i: jax.Array, numbers: jax.Array) -> jax.Array:
-        """Where block i lies, whose numbers these are: int32 [BLOCK], counted through all pages, and -1 for none."""
+        Names are read three blocks ahead, rows one; what is two blocks ahead is on its way to the L2 cache.
+        """
 
-        def find(layout: Layout, source: Source, limit: jax.Array, start: jax.Array) -> jax.Array:
-            limit = jnp.where(i < self.blocks, limit, 0)  # of blocks that there are not, none is seen
-            return slot(layout, source, self.sequence, jnp.where(position(start) < limit, numbers, -1))
+        def of_block(i, function):
+            """function(layout, source, limit, start) of the source that block i is in."""
+            branches = [functools.partial(function, *of_one) for of_one in self.each]
+            start = (i + self.first) * BLOCK + part * gather.ROWS
+            if len(branches) == 1:
+                return branches[0](start)
+            behind = self.first_blocks * BLOCK
+            return lax.cond(start < behind, branches[0], lambda start: branches[1](start - behind), start)
 
-        return self._of_block(i, find)
+        def name(i):
+            return of_block(i, lambda _layout, source, _limit, start: named(source, self.query, start))
 
-    def ask(self, i: jax.Array) -> None:
-        """Asks for block i, as far as the L2 cache."""
-        slots = self.find(i, self.names(i))
+        def find(i, numbers):
+            def at(layout, source, limit, start):
+                found = place(layout, source, self.sequence, jnp.where(position(start) < limit, numbers, -1))
+                gather.prefetch_rows(source.arrays, layout.parts, *found)
+                return found
 
-        def ask(layout: Layout, source: Source, _limit: jax.Array, _start: jax.Array) -> None:
-            prefetch_rows(source.arrays, layout.parts, *place(layout, self.sequence, slots))
+            return of_block(i, at)
 
-        self._of_block(i, ask)
-
-    def loads(self, i: jax.Array, slots: jax.Array) -> gather.Loads:
-        """What loads block i, which lies there."""
         layouts, sources, _ = zip(*self.each, strict=True)
-        of_sources = [gather.pieces(layout.parts) for layout in layouts]
-        second = (i + self.first >= self.first_blocks).astype(jnp.int32)
-        arrays = [source.arrays for source in sources]
-        places = [place(layout, self.sequence, slots) for layout in layouts]
-        of_each = (zip(*of_kind, strict=True) for of_kind in zip(*of_sources, strict=True))
-        return gather.Loads(
-            *(tuple(functools.partial(gather.load, arrays, x, places, second) for x in kind) for kind in of_each)
-        )
+        pieces = [gather.pieces(layout.parts) for layout in layouts]
 
-    def _of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
-        """function(layout, source, limit, start) of the source that block i is in."""
-        branches = [functools.partial(function, *of_one) for of_one in self.each]
-        start = (i + self.first) * BLOCK
-        if len(branches) == 1:
-            return branches[0](start)
-        behind = self.first_blocks * BLOCK
-        return lax.cond(start < behind, branches[0], lambda start: branches[1](start - behind), start)
+        def load(i, at) -> gather.Loads:
+            """What loads the words of block i."""
+            behind = (i + self.first >= self.first_blocks).astype(jnp.int32)
+            arrays = [source.arrays for source in sources]
+            of_each = (zip(*of_sources, strict=True) for of_sources in zip(*pieces, strict=True))
+            return gather.Loads(
+                *(tuple(functools.partial(gather.load, arrays, x, behind, *at) for x in kind) for kind in of_each)
+            )
+
+        def step(i, state):
+            words, here, following, numbers = state
+            put(i, words, load(i, here), here[1])
+            if held_ahead:  # behind the fence of `put`, which waits for what is asked for before it
+                words = loaded(load(i + 1, following))
+            return words, kept(following), find(i + 2, numbers), name(i + 3)
+
+        held_ahead = layouts[0].parts.codes is not None
+
+        def kept(at):
+            """Of the place of rows, what is needed once they are loaded: all of it where that is yet to come."""
+            return (None, at[1]) if held_ahead else at
+
+        def loaded(load: gather.Loads) -> gather.Words:
+            return gather.Words(*(sum((f() for f in kind), ()) for kind in load))
+
+        @pl.when(self.blocks > 0)
+        def _all():
+            numbers = [name(jnp.int32(i)) for i in range(3)]
+            first, following = (find(jnp.int32(i), numbers[i]) for i in range(2))
+            words = gather.Words((), (), ())
+            if held_ahead:
+                words = loaded(load(jnp.int32(0), first))
+            lax.fori_loop(0, self.blocks, step, (words, kept(first), following, numbers[2]))
 
 
 def limit(layout: Layout, source: Source, query: jax.Array) -> jax.Array:
@@ -128,19 +146,13 @@ def named(source: Source, query: jax.Array, start: jax.Array) -> jax.Array:
     return plgpu.load(names_gmem.at[query, pl.ds(start, gather.ROWS)], layout=gather.EACH_ROW, optimized=False)
 
 
-def slot(layout: Layout, source: Source, sequence: jax.Array, number: jax.Array) -> jax.Array:
-    """Where numbered entries lie, counted through all pages; -1 for none."""
+def place(layout: Layout, source: Source, sequence: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Page and row of numbered entries; the row of none is -1."""
     some = jnp.maximum(number, 0)
-    if layout.page_size is not None and source.table is not None:
-        page = gather.look_up(source.table, sequence, lax.div(some, layout.page_size))
-        some = page * layout.page_size + lax.rem(some, layout.page_size)
-    return jnp.where(number < 0, -1, some)
-
-
-def place(layout: Layout, sequence: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Page and row; the row of none is -1."""
     if layout.page_size is None:
-        return plgpu.layout_cast(jnp.broadcast_to(sequence, slots.shape), gather.EACH_ROW), slots
-    some = jnp.maximum(slots, 0)
-    # Not slots < 0: what a loop carries has lost its sign for comparisons.
-    return lax.div(some, layout.page_size), jnp.where(slots == -1, -1, lax.rem(some, layout.page_size))
+        page, row = plgpu.layout_cast(jnp.broadcast_to(sequence, number.shape), gather.EACH_ROW), some
+    else:
+        page, row = lax.div(some, layout.page_size), lax.rem(some, layout.page_size)
+        if source.table is not None:
+            page = gather.look_up(source.table, sequence, page)
+    return page, jnp.where(number < 0, -1, row)

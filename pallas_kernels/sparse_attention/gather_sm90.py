@@ -1,10 +1,9 @@
 """Cached rows named one by one, from device memory to registers, on Hopper.
 
-A warpgroup holds ROWS rows as wgmma's first operand has them: a warp sixteen, four lanes hold a row, and another eight
-below. Every lane loads its own 16 bytes at an address of its own, so that rows may lie anywhere and no shared memory
-waits for them; a row that is not seen is not read and comes out as zeros. Rows come as words of four bytes, which stay
-in registers until they are used: of a row, a tile of 64 codes is one load of a lane, the rotary channels are two, the
-scales one.
+A warpgroup holds ROWS rows: a warp eight of them, four lanes each. Every lane loads its own 16 bytes at an address of
+its own, so that rows may lie anywhere and no shared memory waits for them; a row that is not seen is not read and comes
+out as zeros. Rows come as words of four bytes, which stay in registers until they are used: a tile of 64 codes is one
+load of a lane, the rotary channels are two, the scales one.
 
 Pallas loads rows that are neighbours only: this is written in Mosaic. The interpreter, which runs no such code, has a
 twin in jnp.
@@ -18,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -33,15 +32,13 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
 
-ROWS = 64  # that a warpgroup holds at once
+ROWS = 32  # that a warpgroup holds at once
 TILE = 64  # channels that share a scale
 LANES = 4  # of a row
 WORDS = TILE // 4  # of a tile of codes
 # Four neighbouring lanes a row: 16 bytes of a tile of codes each, or of either half of the rotary channels.
-CODES = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, WORDS), (16, WORDS), (8, WORDS), (4,))), (-7,), (-3, -2), -1)
-TAIL = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, 2 * WORDS), (16, 2 * WORDS), (8, 2 * WORDS), (16,), (4,))), (-8,), (-4, -2), -1
-)
+CODES = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, WORDS), (8, WORDS), (4,))), (-5,), (-3, -2), -1)
+TAIL = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, 2 * WORDS), (8, 2 * WORDS), (16,), (4,))), (-6,), (-4, -2), -1)
 EACH_ROW = CODES.reduce(1)  # of a vector with one element a row
 _LOAD = "ld.global"  # with .nc, what is loaded next would move before a fence, which waits for it
 
@@ -118,28 +115,27 @@ def pieces(parts: Parts) -> tuple[tuple[Piece, ...], ...]:
 def load(
     arrays_gmem: Sequence[tuple[Any, ...]],
     of_each: Sequence[Piece],
-    places: Sequence[tuple[jax.Array, jax.Array]],
     second: jax.Array,
+    page: jax.Array,
+    row: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """A piece of row row[i] of page page[i], int32 [ROWS] in EACH_ROW; zeros where row[i] is negative.
 
-    arrays_gmem, of_each, places: for each of one or two sources its arrays, its piece, and page and row if it is this
-    one. second: int32, 1 for the second one.
+    arrays_gmem, of_each: for each of one or two sources its arrays and its piece. second: int32, 1 for the second one.
     """
     if is_interpreted():
-        found = [_load_in_jnp(*source) for source in zip(arrays_gmem, of_each, places, strict=True)]
+        found = [_load_in_jnp(*source, page, row) for source in zip(arrays_gmem, of_each, strict=True)]
         return tuple(jnp.where(second == 1, words[-1], words[0]) for words in zip(*found, strict=True))
     piece = of_each[0]
     count = piece.size // 4 if piece.layout == EACH_ROW else 1
     found = (plgpu.ShapeDtypeStruct(piece.shape, jnp.dtype(jnp.int32), layout=piece.layout),) * count
     arguments = [tuple(plgpu.RefType() for _ in arrays) for arrays in arrays_gmem]
-    of_places = [(EACH_ROW, EACH_ROW) for _ in places]
 
-    @plgpu.inline_mgpu(arg_types=(arguments, of_places, plgpu.Layout.WG_SPLAT(())), return_type=found)
-    def run(_ctx: Any, arrays: list[Any], places: list[Any], second: Any) -> tuple[Any, ...]:
-        return tuple(_load_in_mosaic(arrays, of_each, places, second))
+    @plgpu.inline_mgpu(arg_types=(arguments, plgpu.Layout.WG_SPLAT(()), EACH_ROW, EACH_ROW), return_type=found)
+    def run(_ctx: Any, arrays: list[Any], second: Any, page: Any, row: Any) -> tuple[Any, ...]:
+        return tuple(_load_in_mosaic(arrays, of_each, second, page, row))
 
-    return tuple(run(list(arrays_gmem), list(places), second))
+    return tuple(run(list(arrays_gmem), second, page, row))
 
 
 def look_up(table_gmem: Any, sequence: jax.Array, index: jax.Array) -> jax.Array:
@@ -161,10 +157,37 @@ def look_up(table_gmem: Any, sequence: jax.Array, index: jax.Array) -> jax.Array
     return look(table_gmem.at[sequence], index)
 
 
-def _load_in_jnp(arrays_gmem: tuple[Any, ...], piece: Piece, place: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, row: jax.Array) -> None:
+    """Asks for the rows that `load` will load, as far as the L2 cache."""
+    if is_interpreted():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), EACH_ROW, EACH_ROW))
+    def prefetch(_ctx: Any, arrays: tuple[ir.Value, ...], page: Any, row: Any) -> None:
+        page, row = (_scalar(x.registers.item()) for x in (page, row))
+        lane = arith.andi(utils.thread_idx(), _constant(LANES - 1))
+        seen = arith.cmpi(arith.CmpIPredicate.sge, row, _constant(0))
+        bulk = "cp.async.bulk.prefetch.L2.global [$0], {};"
+        pieces = [(parts.tail, bulk.format(parts.tail.size))]
+        if parts.codes is not None and parts.scale is not None:
+            size = parts.codes.size + parts.tail.size
+            if replace(parts.codes, begin=parts.codes.begin + parts.codes.size, size=parts.tail.size) == parts.tail:
+                pieces = [(parts.codes, bulk.format(size))]  # one behind the other
+            else:
+                pieces.append((parts.codes, bulk.format(parts.codes.size)))
+            pieces.append((parts.scale, "prefetch.global.L2 [$0];"))
+        for i, (part, instruction) in enumerate(pieces):
+            here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, _constant(i)))
+            ask = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {instruction} }}"
+            operands = [_behind(_start(arrays, part, page, row), part.begin), arith.extui(i32(), here)]
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ask, "l,r", has_side_effects=True)
+
+    prefetch(arrays_gmem, page, row)
+
+
+def _load_in_jnp(arrays_gmem: tuple[Any, ...], piece: Piece, page: jax.Array, row: jax.Array) -> list[jax.Array]:
     """What `_load_in_mosaic` loads."""
     part, array = piece.part, arrays_gmem[piece.part.array][...]
-    page, row = place
     flat = lax.bitcast_convert_type(array, jnp.uint8).reshape(-1)
 
     # Row by row: XLA gives what is large to its threads, of which the interpreter's may have taken all.
@@ -186,62 +209,37 @@ def _words(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.bitwise_or, (four[..., i] << (8 * i) for i in range(4)))
 
 
-def _load_in_mosaic(arrays: list[Any], of_each: Sequence[Piece], places: list[Any], second: Any) -> list[Any]:
-    second = arith.cmpi(arith.CmpIPredicate.eq, _scalar(second.registers.item()), constant(1))
-    lane = arith.andi(utils.thread_idx(), constant(LANES - 1))
-    rows = zip(*(held(*place) for place in places), strict=True)
-    loaded = [_load_row(arrays, of_each, places_of_row, second, lane) for places_of_row in rows]
-    piece = of_each[0]
-    shape = piece.layout.to_mgpu().registers_shape(piece.shape)
-    if piece.layout != EACH_ROW:
-        return [fragmented(_array([x for of_row in loaded for x in of_row], shape), piece.layout)]
-    words = zip(*([_vector([word]) for word in of_row] for of_row in loaded), strict=True)
-    return [fragmented(_array(list(x), shape), EACH_ROW) for x in words]
-
-
-def _load_row(
-    arrays: list[Any], of_each: Sequence[Piece], places: Sequence[Any], second: ir.Value, lane: ir.Value
-) -> list[ir.Value]:
-    """What a lane loads of a piece of one row: registers of 16 bytes, or in EACH_ROW words."""
-    row = places[0][1]  # not seen in one source, not in the other
-    seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
+def _load_in_mosaic(arrays: list[Any], of_each: Sequence[Piece], second: Any, page: Any, row: Any) -> list[Any]:
+    page, row, second = (_scalar(x.registers.item()) for x in (page, row, second))
+    seen = arith.cmpi(arith.CmpIPredicate.sge, row, _constant(0))
     piece, begins = of_each[0], [x.part.begin + x.begin for x in of_each]
-    starts = [start_of(of, x.part, *at) for of, x, at in zip(arrays, of_each, places, strict=True)]
+    starts = [_start(of, x.part, page, row) for of, x in zip(arrays, of_each, strict=True)]
     begin = begins[0]
     if len(set(begins)) > 1:
-        starts, begin = [behind(*x) for x in zip(starts, begins, strict=True)], 0
+        starts, begin = [_behind(*x) for x in zip(starts, begins, strict=True)], 0
     start = starts[0]
     if len(starts) > 1:
-        start = arith.select(second, starts[1], starts[0])
+        start = arith.select(arith.cmpi(arith.CmpIPredicate.eq, second, _constant(1)), starts[1], starts[0])
+    shape = piece.layout.to_mgpu().registers_shape(piece.shape)
     if piece.layout == EACH_ROW:
-        return _load(behind(start, begin), piece.size // 4, seen)
+        words = _load(_behind(start, begin), piece.size // 4, seen)
+        return [fragmented(np.full(shape, _vector([word]), dtype=object), EACH_ROW) for word in words]
+    lane = arith.andi(utils.thread_idx(), _constant(LANES - 1))
     start = arith.addi(start, _times(lane, 16))
-    registers = []
-    for i in range(piece.shape[1] // WORDS):
+    registers = np.empty(shape, dtype=object)
+    for i, at in enumerate(np.ndindex(*shape)):
         lanes = (piece.size - i * TILE) // 16  # that have something to load
         if lanes <= 0:
-            registers.append(_vector([constant(0)] * 4))
+            registers[at] = _vector([_constant(0)] * 4)
             continue
         mine = seen
         if lanes < LANES:
-            mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, constant(lanes)))
-        registers.append(_vector(_load(behind(start, begin + i * TILE), 4, mine)))
-    return registers
+            mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, _constant(lanes)))
+        registers[at] = _vector(_load(_behind(start, begin + i * TILE), 4, mine))
+    return [fragmented(registers, piece.layout)]
 
 
-def held(pages: Any, rows: Any) -> list[tuple[ir.Value, ir.Value]]:
-    """Page and row of each row that a lane has a part of."""
-    return [(_scalar(page), _scalar(row)) for page, row in zip(pages.registers.flat, rows.registers.flat, strict=True)]
-
-
-def _array(registers: list[ir.Value], shape: tuple[int, ...]) -> np.ndarray:
-    found = np.empty(len(registers), dtype=object)
-    for i, register in enumerate(registers):
-        found[i] = register
-    return found.reshape(shape)
-
-
-def start_of(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
+def _start(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
     """Where a row is, but for the constant where a part of it begins: several parts share this address."""
     return arith.addi(_address(arrays[part.array]), arith.addi(_times(page, part.page), _times(row, part.row)))
 
@@ -262,7 +260,7 @@ def _load(address: ir.Value, count: int, seen: ir.Value | None = None) -> list[i
     return [llvm.extractvalue(i32(), found, [i]) for i in range(count)] if count > 1 else [found]
 
 
-def behind(address: ir.Value, offset: int) -> ir.Value:
+def _behind(address: ir.Value, offset: int) -> ir.Value:
     return arith.addi(address, arith.constant(_i64(), offset))
 
 
@@ -293,7 +291,7 @@ def _i64() -> ir.Type:
     return ir.IntegerType.get_signless(64)
 
 
-def constant(value: int) -> ir.Value:
+def _constant(value: int) -> ir.Value:
     return arith.constant(i32(), value)
 
 

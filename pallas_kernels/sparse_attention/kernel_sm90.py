@@ -3,24 +3,30 @@
     s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
 
 An entry is key and value at once, so that it is read, and made float16, once. One persistent thread block an SM takes
-queries, or parts of a query's entries where queries are few, in blocks of 64 entries. Four warpgroups:
+queries, or parts of a query's entries where queries are few; blocks of 64 entries alternate between two buffers. Four
+warpgroups:
 
-- two score, every other block each (score_sm90.py). They load its entries from wherever they lie into registers, make
-  them float16 there, put them into a buffer of shared memory, and multiply them with q straight from the registers:
-  logits come out with a row an entry. Of these they make weights, which go to shared memory as well. Entries that are
-  not seen are zeros and -inf in the logits, and are not read;
-- two add (add_sm90.py): weights times entries of a block to half of the channels each, block after block, so that an
-  accumulator of [64, 256] stays in registers; before, they make q float16, and at last divide by the sums of weights.
-
-While one scorer makes weights the other converts, and the tensor cores have the adders' products besides.
+- two gather, half of a block each: they load its entries from wherever they lie into registers, a block ahead, and put
+  them into shared memory as wgmma wants them. Entries that are not seen are zeros there and -inf in the logits, and are
+  not read. Names and pages are looked up three and two blocks ahead, whereupon the entries start for the L2 cache;
+- two multiply. The first scores even blocks, the second odd ones (q k, the running maximum, which goes from one to the
+  other, exp2, and its share of the sum), and leaves the weights in shared memory; both then add weights times entries
+  to half of the channels each, block after block, so that an accumulator of [64, 256] stays in registers. While one
+  computes weights the tensor cores work for the other.
 
 float16 has the bits for weights that bfloat16 lacks, but not the range of entries. So entries are over powers of two of
 their own, E[n] (see convert_sm90), which logits are multiplied by and weights take over: with t = log2(e) s, what
-multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 7). The reference M[h] is the first block's maximum of
-t + log2 E, and is raised only where one exceeds it by 8: then weights are still within float16, and sums that were
-relative to the old one fade. Scorers take turns at M, in the order of blocks.
+multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 15), M the running maximum of t + log2 E.
 
 The order of a query's sums depends on its own entries and on how many queries there are.
+Bounds, for each 64 entries: 37376 bytes, which is 1.65 us of an SM's share of 3.0 TB/s; 2 x 64 x 64 x 512 products,
+2048 cycles of wgmma, 1.17 us at 1.75 GHz; about 360 KB through shared memory and the L1 cache it is part of (entries
+in, as float16, and out to wgmma twice, q out), 2800 cycles; 440 instructions of each gathering warp, 440 of each
+multiplying one.
+Measured on an H100, 64 heads, 128 + 512 entries: 42.0 us for 128 queries and 78.7 for 256, 46 and 49 % of the bytes
+over 3.35 TB/s; 10.9 us for one; 209 us for 64 queries of 128 + 8192; 124 us for 128 queries of 128 heads, 128 + 1024.
+Without loads an earlier version took 29.0 us for the first, without the products of weights and entries besides 25.4:
+what binds is the wait of gathering warpgroups for their loads, and then the multiplying ones' turns.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -28,6 +34,8 @@ The order of a query's sums depends on its own entries and on how many queries t
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -38,17 +46,23 @@ from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
 from pallas_kernels.mosaic.launch import sm_count
-from pallas_kernels.sparse_attention import columns_sm90 as columns
 from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
-from pallas_kernels.sparse_attention.add_sm90 import ADDERS, Unit, add, prepare
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
-from pallas_kernels.sparse_attention.epilogue_sm90 import Whole, finish
-from pallas_kernels.sparse_attention.score_sm90 import SCORERS, score
+from pallas_kernels.sparse_attention.products_sm90 import add_products
+from pallas_kernels.sparse_attention.turn_sm90 import turned
 
-HEADS = columns.COLUMNS  # of a thread block
-ADDER_REGISTERS = 160
-SCORER_REGISTERS = launch_registers(SCORERS + ADDERS) // SCORERS - ADDER_REGISTERS * ADDERS // SCORERS
+HEADS = 64  # of a thread block: wgmma's M
+CONSUMERS = 2
+GATHERERS = BLOCK // gather.ROWS
+BUFFERS = CONSUMERS  # a consumer scores what lies in its own
+CONSUMER_REGISTERS = 192
+GATHER_REGISTERS = launch_registers(CONSUMERS + GATHERERS) // GATHERERS - CONSUMER_REGISTERS * CONSUMERS // GATHERERS
+PER_HEAD = plgpu.Layout.WGMMA.reduce(1)  # a vector with one element a row of an accumulator
+PER_ENTRY = plgpu.Layout.WGMMA.reduce(0)  # and a column
+COLUMNS = 128  # of an accumulator: one instruction may not name more registers than a thread has at launch
+LOG2_E = math.log2(math.e)
+LARGEST = 15  # log2 of the largest weight
 
 
 def attend(
@@ -71,50 +85,180 @@ def attend(
     """
     (queries, heads, width), groups = q.shape, q.shape[1] // HEADS
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
+    half = width // CONSUMERS
+    each = math.gcd(half, COLUMNS)
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
-    assert (heads % HEADS, width % (ADDERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
+    assert (heads % HEADS, width % (CONSUMERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
-        whole = Whole(sink_gmem, factors_gmem) if splits == 1 else Whole(None, None)
+        q_smem, entries_smem, weights_smem = (scratch[name] for name in ("q", "entries", "weights"))
+        measures_smem, measure_smem = scratch["measures"], scratch["measure"]
+        top_smem, fade_smem, sums_smem = (scratch[name] for name in ("top", "fade", "sums"))
+        filled, free, topped, scored = (scratch[name] for name in ("filled", "free", "topped", "scored"))
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
 
-        def unit(index: jax.Array) -> tuple[Unit, Named]:
+        def unit(index: jax.Array):
             """The query, the group of heads and the split that a thread block is at, and its entries."""
             group, query = lax.rem(lax.div(index, splits), groups), lax.div(index, splits * groups)
             split = lax.rem(index, splits)
-            named = Named(layouts, sources_gmem, query, tokens, split, splits)
-            return Unit(query, split, pl.ds(group * HEADS, HEADS)), named
+            return query, group, split, Named(layouts, sources_gmem, query, tokens, split, splits)
 
-        @pl.when(warpgroup < SCORERS)
-        def _score():
-            plgpu.set_max_registers(SCORER_REGISTERS, action="decrease")
+        @pl.when(warpgroup >= CONSUMERS)
+        def _gather():
+            plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
+            rows = pl.ds((warpgroup - CONSUMERS) * gather.ROWS, gather.ROWS)
 
             @plgpu.nd_loop(**loop)
             def _units(info):
-                _, named = unit(info.index[0])
-                score(named, scratch, warpgroup)
+                _, _, _, named = unit(info.index[0])
+
+                def put(i, words, load, row):
+                    """Block i into its buffer, as float16 and as multiples of powers of two of the entries' own."""
+                    slot = lax.rem(i, BUFFERS)
+                    plgpu.barrier_wait(free.at[slot])
+                    convert.put(words, load, row, entries_smem.at[slot], measures_smem.at[slot], rows)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(filled.at[slot])
+
+                named.stream(warpgroup - CONSUMERS, put)
+
+            for slot in range(BUFFERS):  # every phase of a barrier is observed
+                plgpu.barrier_wait(free.at[slot])
+
+        @pl.when(warpgroup < CONSUMERS)
+        def _multiply():
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            other = 1 - warpgroup
+            for slot in range(BUFFERS):
+                plgpu.barrier_arrive(free.at[slot])
+
+            @plgpu.nd_loop(**loop, init_carry=jnp.int32(0))
+            def _units(info, carry):
+                query, group, split, named = unit(info.index[0])
+                heads_gmem = pl.ds(group * HEADS, HEADS)
+                columns = pl.ds(warpgroup * half, half)
+                count = named.blocks
+                asked = scratch["asked"]
+                plgpu.copy_gmem_to_smem(q_gmem.at[query, heads_gmem, columns], q_smem.at[warpgroup], asked)
+
+                def score(i, top, total):
+                    """The weights of block i, which lies in this warpgroup's buffer, to shared memory."""
+                    plgpu.barrier_wait(filled.at[warpgroup])
+                    # Zero, and the buffer of this warpgroup: addresses that were the same for every block would be
+                    # kept for all of them, in more registers than there are.
+                    zero, slot = jnp.minimum(i, 0), lax.rem(i, BUFFERS)
+
+                    def multiply(accumulator):
+                        for at in range(CONSUMERS):
+                            plgpu.wgmma(accumulator, q_smem.at[zero + at], entries_smem.at[slot, at].T)
+                        return accumulator[...]
+
+                    def measures(j):
+                        return plgpu.load(measures_smem.at[slot, j], layout=PER_ENTRY, optimized=False)
+
+                    logits = pl.run_scoped(multiply, plgpu.ACC((HEADS, BLOCK), jnp.float32))
+                    measure = plgpu.load(measure_smem.at[pl.ds(0, HEADS)], layout=PER_HEAD, optimized=False)
+                    logits = logits * lax.broadcast_in_dim(measure, logits.shape, [0])
+                    # Relative to the entries' own powers of two, as the entries are.
+                    logits = logits * lax.broadcast_in_dim(measures(convert.POWER), logits.shape, [1])
+                    logits = logits + lax.broadcast_in_dim(measures(convert.LOG), logits.shape, [1])
+                    highest = jnp.max(logits, axis=1)
+
+                    def of_other():
+                        plgpu.barrier_wait(topped.at[other])
+                        return plgpu.load(top_smem.at[other], layout=PER_HEAD, optimized=False)
+
+                    before = lax.cond(i > 0, of_other, lambda: per_head(-jnp.inf))
+                    new_top = jnp.maximum(before, highest)
+                    top_smem[warpgroup] = new_top
+                    plgpu.barrier_arrive(topped.at[warpgroup])
+                    shift = finite(new_top)
+                    weights = jnp.exp2(logits - lax.broadcast_in_dim(shift - LARGEST, logits.shape, [0]))
+                    weights_smem[warpgroup] = weights.astype(jnp.float16)
+                    fade_smem[warpgroup] = jnp.exp2(before - shift)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(scored.at[warpgroup])
+                    weights = weights * lax.broadcast_in_dim(measures(convert.INVERSE), weights.shape, [1])
+                    return new_top, total * jnp.exp2(top - shift) + jnp.sum(weights, axis=1)
+
+                def add(slot, sums):
+                    """sums, faded, and the weights of the block in `slot` times its entries."""
+                    plgpu.barrier_wait(scored.at[slot])
+                    fade = plgpu.load(fade_smem.at[slot], layout=PER_HEAD, optimized=False)
+                    sums = [x * lax.broadcast_in_dim(fade, x.shape, [0]) for x in sums]
+                    sums = add_products(sums, weights_smem.at[slot], entries_smem.at[slot, warpgroup])
+                    plgpu.barrier_arrive(free.at[slot])
+                    return sums
+
+                def pair(i, state):
+                    sums, top, total = state
+                    scored_here = i * BUFFERS + warpgroup
+                    top, total = lax.cond(scored_here < count, score, lambda i, *state: state, scored_here, top, total)
+                    sums = lax.fori_loop(0, jnp.minimum(count - i * BUFFERS, BUFFERS), add, sums)
+                    return sums, top, total
+
+                plgpu.barrier_wait(asked)
+                convert.convert_q(q_smem, measure_smem, pl.ds(warpgroup * gather.ROWS, gather.ROWS), scale * LOG2_E)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(scratch["prepared"])
+                plgpu.barrier_wait(scratch["prepared"])
+                zeros = plgpu.layout_cast(jnp.zeros((HEADS, each), jnp.float32), plgpu.Layout.WGMMA)
+                state = [zeros] * (half // each), per_head(-jnp.inf), per_head(0.0)
+                sums, top, total = lax.fori_loop(0, lax.div(count + BUFFERS - 1, BUFFERS), pair, state)
+                # The last block's maximum, which nobody needed.
+                last_is_other = lax.rem(count + BUFFERS - 1, BUFFERS) == other
+                pl.when((count > 0) & last_is_other)(lambda: plgpu.barrier_wait(topped.at[other]))
+
+                sums_smem[carry, warpgroup, 0] = top
+                sums_smem[carry, warpgroup, 1] = total
                 plgpu.barrier_arrive(scratch["summed"])
+                plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
+                tops, totals = (
+                    [plgpu.load(sums_smem.at[carry, w, j], layout=PER_HEAD, optimized=False) for w in range(CONSUMERS)]
+                    for j in range(2)
+                )
+                top = finite(functools.reduce(jnp.maximum, tops))
+                total = sum(x * jnp.exp2(t - top) for x, t in zip(totals, tops, strict=True))
+                some = total != 0
+                lse2 = jnp.log2(jnp.where(some, total, 1.0)) + (top - LARGEST)
+                share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
+                if sink_gmem is not None and splits == 1:
+                    sink2 = plgpu.load(sink_gmem.at[heads_gmem], layout=PER_HEAD, optimized=False) * LOG2_E
+                    share = share / (1 + jnp.exp2(sink2 - lse2))
+                sums = [x * lax.broadcast_in_dim(share, x.shape, [0]) for x in sums]
 
-            plgpu.barrier_wait(scratch["free"].at[warpgroup])  # every phase of a barrier is observed
+                def of_piece(i):
+                    """The factors of a piece of this warpgroup's channels, alike for all heads."""
+                    here = pl.ds(warpgroup * half + i * each, each)
+                    both = [
+                        plgpu.load(factors_gmem.at[query, j, here], layout=PER_ENTRY, optimized=False) for j in range(2)
+                    ]
+                    return [lax.broadcast_in_dim(x, (HEADS, each), [1]) for x in both]
 
-        @pl.when(warpgroup >= SCORERS)
-        def _add():
-            plgpu.set_max_registers(ADDER_REGISTERS, action="increase")
-            me = warpgroup - SCORERS
-            for slot in range(SCORERS):
-                plgpu.barrier_arrive(scratch["free"].at[slot])
+                if factors_gmem is not None and splits == 1:
+                    sums = [turned(x, *of_piece(i), plgpu.Layout.WGMMA) for i, x in enumerate(sums)]
+                pieces = [pl.ds(i * each, each) for i in range(len(sums))]
 
-            @plgpu.nd_loop(**loop)
-            def _units(info):
-                at, named = unit(info.index[0])
-                prepare(at, named, q_gmem, scratch, me, scale)
-                sums = add(named, scratch, me)
-                finish(at, named.blocks, sums, scratch, me, whole, out_gmem, lse_gmem, layouts[0].parts.tiles)
+                @pl.when(warpgroup == 0)
+                def _lse():
+                    lse_gmem[split, query, heads_gmem] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
+
+                if splits > 1:
+                    for piece, x in zip(pieces, sums, strict=True):
+                        out_gmem.at[split, query, heads_gmem, columns][:, piece] = x
+                else:
+                    for piece, x in zip(pieces, sums, strict=True):
+                        q_smem[warpgroup, :, piece] = lax.bitcast_convert_type(x.astype(q.dtype), jnp.float16)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_gmem.at[split, query, heads_gmem, columns])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                return 1 - carry
 
             plgpu.wait_smem_to_gmem(0)
 
+    swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     # What is bfloat16 in device memory passes through shared memory that holds float16, as bits.
     out_type = jnp.dtype(jnp.float16) if splits == 1 else jnp.dtype(jnp.float32)
     out, lse = plgpu.kernel(
@@ -125,38 +269,38 @@ def attend(
         ),
         grid=(min(sm_count(), queries * groups * splits),),
         grid_names=("sm",),
-        num_threads=SCORERS + ADDERS,
+        num_threads=CONSUMERS + GATHERERS,
         thread_name="warpgroup",
         # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
         # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-        scratch_types=scratch_types(width),
+        scratch_types={
+            "q": plgpu.SMEM((CONSUMERS, HEADS, half), jnp.float16, transforms=swizzled),
+            "entries": plgpu.SMEM((BUFFERS, CONSUMERS, BLOCK, half), jnp.float16, transforms=swizzled),
+            "weights": plgpu.SMEM((BUFFERS, HEADS, BLOCK), jnp.float16, transforms=swizzled),
+            "measures": plgpu.SMEM((BUFFERS, 3, BLOCK), jnp.float32),
+            "measure": plgpu.SMEM((HEADS,), jnp.float32),
+            "top": plgpu.SMEM((BUFFERS, HEADS), jnp.float32),
+            "fade": plgpu.SMEM((BUFFERS, HEADS), jnp.float32),
+            "sums": plgpu.SMEM((2, CONSUMERS, 2, HEADS), jnp.float32),
+            "asked": plgpu.Barrier(num_arrivals=CONSUMERS),
+            "prepared": plgpu.Barrier(num_arrivals=CONSUMERS),
+            "filled": plgpu.Barrier(num_arrivals=GATHERERS, num_barriers=BUFFERS),
+            "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=BUFFERS),
+            "topped": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
+            "scored": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
+            "summed": plgpu.Barrier(num_arrivals=CONSUMERS),
+        },
     )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
     return (out, lse) if splits > 1 else (lax.bitcast_convert_type(out[0], q.dtype), lse[0])
 
 
-def scratch_types(width: int) -> dict[str, object]:
-    """Shared memory of a thread block for `width` channels: 216 KB of 227 for 512."""
-    swizzled = plgpu.TilingTransform((8, gather.TILE)), plgpu.SwizzleTransform(128)
-    narrow = plgpu.TilingTransform((8, convert.HALF)), plgpu.SwizzleTransform(64)
-    half = width // ADDERS
-    return {
-        "q": plgpu.SMEM((ADDERS, HEADS, half), jnp.float16, transforms=narrow),
-        "entries": plgpu.SMEM((SCORERS, ADDERS, BLOCK, half), jnp.float16, transforms=swizzled),
-        "weights": plgpu.SMEM((SCORERS, BLOCK, HEADS), jnp.float16, transforms=swizzled),
-        "measure": plgpu.SMEM((HEADS,), jnp.float32),  # what products with q are to be multiplied by
-        "top": plgpu.SMEM((HEADS,), jnp.float32),  # the reference of logits
-        "raised": plgpu.SMEM((SCORERS,), jnp.int32),  # whether a block has raised it, and what sums then fade by
-        "fade": plgpu.SMEM((SCORERS, HEADS), jnp.float32),
-        "slots": plgpu.SMEM((SCORERS, 2, BLOCK), jnp.int32),  # where a scorer's block lies, and its next one
-        "maxima": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
-        "sums": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
-        "asked": plgpu.Barrier(num_arrivals=ADDERS),  # q has come
-        "prepared": plgpu.Barrier(num_arrivals=ADDERS),  # and is float16
-        "free": plgpu.Barrier(num_arrivals=ADDERS, num_barriers=SCORERS),
-        "topped": plgpu.Barrier(num_arrivals=1, num_barriers=SCORERS),  # the reference is the other scorer's
-        "scored": plgpu.Barrier(num_arrivals=1, num_barriers=SCORERS),
-        "summed": plgpu.Barrier(num_arrivals=SCORERS),
-    }
+def per_head(value: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)
+
+
+def finite(top: jax.Array) -> jax.Array:
+    """What logits are taken relative to: their maximum, 0 where there are none."""
+    return jnp.where(top == -jnp.inf, 0.0, top)

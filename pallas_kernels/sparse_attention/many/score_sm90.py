@@ -16,10 +16,11 @@ from jax import lax
 
 from pallas_kernels.mosaic import operand_store
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention import columns_sm90 as columns
-from pallas_kernels.sparse_attention import convert_sm90 as convert
-from pallas_kernels.sparse_attention import gather_sm90 as gather
-from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Named
+from pallas_kernels.sparse_attention.gather_sm90 import Loads, Words
+from pallas_kernels.sparse_attention.many import columns_sm90 as columns
+from pallas_kernels.sparse_attention.many import convert_sm90 as convert
+from pallas_kernels.sparse_attention.many import gather_sm90 as gather
+from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Named
 
 SCORERS = 2  # and buffers: a scorer puts blocks into its own
 DEPTH = 2  # tiles of words that are on their way to registers
@@ -57,13 +58,13 @@ def score(named: Named, scratch: Scratch, me: jax.Array) -> None:
         sums_smem[...] = plgpu.layout_cast(jnp.zeros(sums_smem.shape, jnp.float32), columns.OF_WARPS)
 
 
-def begin(load: gather.Loads) -> gather.Words:
+def begin(load: Loads) -> Words:
     """The first words of a block: registers have room for so many while the buffer is not free yet.
 
     Rows without codes are passed once before for their power of two, see `multiply`.
     """
     codes = load.codes[:DEPTH]
-    return gather.Words(loaded(codes), loaded(load.tails if codes else load.tails[:DEPTH]), loaded(load.scale))
+    return Words(loaded(codes), loaded(load.tails if codes else load.tails[:DEPTH]), loaded(load.scale))
 
 
 def loaded(functions: Sequence[Callable[[], tuple[jax.Array, ...]]]) -> tuple[jax.Array, ...]:
@@ -71,7 +72,7 @@ def loaded(functions: Sequence[Callable[[], tuple[jax.Array, ...]]]) -> tuple[ja
 
 
 def multiply(
-    load: gather.Loads, first: gather.Words, scratch: Scratch, me: jax.Array, zero: jax.Array
+    load: Loads, first: Words, scratch: Scratch, me: jax.Array, zero: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Powers of two of a block's entries, int32 [BLOCK], and their products with q, [BLOCK, HEADS].
 

@@ -14,11 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sparse_attention import columns_sm90 as columns
-from pallas_kernels.sparse_attention import convert_sm90 as convert
-from pallas_kernels.sparse_attention.entries_sm90 import Named
+from pallas_kernels.sparse_attention.many import columns_sm90 as columns
+from pallas_kernels.sparse_attention.many import convert_sm90 as convert
+from pallas_kernels.sparse_attention.many.entries_sm90 import Named
+from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch
 from pallas_kernels.sparse_attention.products_sm90 import add_products
-from pallas_kernels.sparse_attention.score_sm90 import SCORERS, Scratch
 
 ADDERS = 2
 AHEAD = 2  # blocks that are on their way to the L2 cache

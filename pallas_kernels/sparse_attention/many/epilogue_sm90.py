@@ -14,11 +14,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sparse_attention import columns_sm90 as columns
-from pallas_kernels.sparse_attention import convert_sm90 as convert
-from pallas_kernels.sparse_attention.add_sm90 import ADDERS, HEADS, LOG2_E, Unit, of_heads, scaled
-from pallas_kernels.sparse_attention.gather_sm90 import TILE
-from pallas_kernels.sparse_attention.score_sm90 import SCORERS, USUAL, Scratch
+from pallas_kernels.sparse_attention.many import columns_sm90 as columns
+from pallas_kernels.sparse_attention.many import convert_sm90 as convert
+from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, HEADS, LOG2_E, Unit, of_heads, scaled
+from pallas_kernels.sparse_attention.many.gather_sm90 import TILE
+from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, USUAL, Scratch
 from pallas_kernels.sparse_attention.turn_sm90 import turned
 
 

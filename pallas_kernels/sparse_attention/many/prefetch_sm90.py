@@ -18,10 +18,11 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention import gather_sm90 as gather
+from pallas_kernels.sparse_attention.gather_sm90 import Parts
+from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 
 
-def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: gather.Parts, page: jax.Array, row: jax.Array) -> None:
+def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, row: jax.Array) -> None:
     """Asks for rows page[i], row[i] as far as the L2 cache; for those that are not seen (row -1) not."""
     if is_interpreted():
         return
@@ -35,9 +36,7 @@ def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: gather.Parts, page: jax.A
     prefetch(arrays_gmem, page, row)
 
 
-def _prefetch_row(
-    arrays: tuple[ir.Value, ...], parts: gather.Parts, page: ir.Value, row: ir.Value, lane: ir.Value
-) -> None:
+def _prefetch_row(arrays: tuple[ir.Value, ...], parts: Parts, page: ir.Value, row: ir.Value, lane: ir.Value) -> None:
     """Each lane of a row asks for a piece of its own."""
     bulk = "cp.async.bulk.prefetch.L2.global [$0], {};"
     pieces = [(parts.tail, bulk.format(parts.tail.size))]

@@ -30,7 +30,7 @@ from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 from pallas_kernels.sparse_attention.many.gather_sm90 import LANES, ROWS, TILE
 
 Q_ROWS = 32  # heads that a warpgroup converts at once
-HALF = 32  # channels of a tile that are multiplied at once: registers hold two such operands
+HALF = 32  # channels of a tile that are multiplied at once, which halves the registers of an operand
 # Lanes hold the codes and channels that the words they have loaded become: sixteen in a row of a tile, or eight of
 # either half. Rows are those of entries, or heads of q.
 OF_CODES = {

@@ -90,16 +90,16 @@ def multiply(
     plgpu.barrier_wait(scratch["free"].at[me])
 
     def products(accumulator: Any) -> jax.Array:
-        words, previous = list(held), None
+        words = list(held)
         if tiles:
             values = convert.of_channels(first.tails[0], power_of)
-            previous = issue(accumulator, scratch, me, tiles, values, False, zero, None)
+            issue(accumulator, scratch, me, tiles, values, False, zero)
         for tile in range(len(functions)):
             now = words.pop(0)
             values = convert.of_codes(now, first.scale, tile, power_of) if tiles else convert.of_channels(now, power_of)
             if tile + DEPTH < len(functions):
                 words += functions[tile + DEPTH]()
-            previous = issue(accumulator, scratch, me, tile, values, tile < tiles, zero, previous)
+            issue(accumulator, scratch, me, tile, values, tile < tiles, zero)
         return accumulator[...]
 
     return power_of, pl.run_scoped(products, plgpu.ACC((BLOCK, columns.COLUMNS), jnp.float32))
@@ -117,18 +117,9 @@ def largest(
 
 
 def issue(
-    accumulator: Any,
-    scratch: Scratch,
-    me: jax.Array,
-    tile: int,
-    values: jax.Array,
-    of_codes: bool,
-    zero: jax.Array,
-    previous: jax.Array | None,
-) -> jax.Array | None:
-    """Starts accumulator += values @ q of a tile, leaves values in the buffer, and waits for what was started before,
-    whose operand is `previous`. Returns the last one's.
-    """
+    accumulator: Any, scratch: Scratch, me: jax.Array, tile: int, values: jax.Array, of_codes: bool, zero: jax.Array
+) -> None:
+    """accumulator += values @ q of a tile; values are left in the buffer."""
     q_smem, entries_smem = scratch["q"], scratch["entries"]
     at, column = divmod(tile * gather.TILE, entries_smem.shape[-1])
     tile_smem = entries_smem.at[me, at, :, pl.ds(column, gather.TILE)]
@@ -140,14 +131,9 @@ def issue(
         if is_interpreted():  # its wgmma reads memory only
             plgpu.commit_smem()
             plgpu.wgmma(accumulator, tile_smem.at[:, pl.ds(begin, convert.HALF)], second)
-            continue
-        plgpu.wgmma(accumulator, operand, second)
-        if previous is not None:
-            plgpu.wgmma_wait(1)
-            # Both are alive here: registers that wgmma reads are not to be written before it has ended.
-            lax.optimization_barrier(previous)
-        previous = operand
-    return previous
+        else:
+            plgpu.wgmma(accumulator, operand, second)
+            plgpu.wgmma_wait(0)  # waiting one later, with two operands in registers, is not faster
 
 
 def weigh(

@@ -13,7 +13,8 @@ from pallas_kernels.bench.case import Bench, disagreement
 from pallas_kernels.hyper_connection import kernel_sm90, post_sm90, reference
 from pallas_kernels.hyper_connection.cases import BENCH, HyperCase
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, MOST_HELD, STREAMS, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, STREAMS, PreTiling, default_tiling
+from pallas_kernels.mosaic.launch import sm_count
 
 HOW: dict[str, Any] = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 COEFFICIENTS = 1e-5  # allowed of the coefficients, relative and elementwise: they are float32 throughout
@@ -60,10 +61,8 @@ def bench_post(case: HyperCase) -> Bench:
 
 def tilings(case: HyperCase) -> Iterator[PreTiling]:
     """The default first, then what else is worth a try."""
-    tried = [default_tiling(case.m), PreTiling(1), PreTiling(GROUP)]
-    if case.m % MOST_HELD == 0:
-        tried += [PreTiling(GROUP, held=held) for held in (2, MOST_HELD)]
-    return iter(dict.fromkeys(tried))
+    usual = default_tiling(case.m, case.width, sm_count())
+    return iter(dict.fromkeys([usual, *(PreTiling(GROUP, *how) for how in ((4, 4), (4, 6), (6, 8), (8, 6)))]))
 
 
 def inputs(case: HyperCase, key: jax.Array) -> jax.Array:

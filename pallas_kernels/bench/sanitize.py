@@ -53,6 +53,7 @@ def cases() -> Iterator[Bench]:
     yield mxfp4.bench(GroupedCase("mxfp4", 3, 256, 512, (8,), experts=3, hit=3))
     yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))
     yield index_scores.bench(ScoreCase("scores", 3, 2, 200, 8, 64))
+    yield index_scores.bench(ScoreCase("fp4 scores", 3, 2, 200, 8, 64, keys="fp4"))
     yield from map(compress.bench, SMALL)
     yield sparse_attention.bench(DecodeCase("attention", 64, 3, 2, 70, 30))
     yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))

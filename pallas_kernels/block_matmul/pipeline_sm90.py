@@ -21,20 +21,30 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 
 
-def produce(loop: dict[str, Any], steps: int, stages: int, free: Any, copy: Callable[..., None]) -> None:
-    """The producer's part: `copy(info, i, slot)` for every step i of every tile of `loop`, as buffers come free.
+def produce(
+    loop: dict[str, Any],
+    steps: int,
+    stages: int,
+    free: Any,
+    copy: Callable[..., None],
+    found: Callable[[Any], Any] = lambda info: info,
+) -> None:
+    """The producer's part: `copy(found(info), i, slot)` for every step i of every tile of `loop`, as buffers come free.
 
-    It ends when the buffers of the last steps are read: every phase of a barrier that completes is observed.
+    found: what a tile looks up in device memory; in a step, copies would wait for it. It ends when the buffers of the
+    last steps are read: every phase of a barrier that completes is observed.
     """
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
     @plgpu.nd_loop(**loop)
     def total(info, carry):
+        of_tile = found(info)
+
         @pl.loop(0, steps)
         def _step(i):
             slot = lax.rem(carry + i, stages)
             pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            copy(info, i, slot)
+            copy(of_tile, i, slot)
 
         return carry + steps
 

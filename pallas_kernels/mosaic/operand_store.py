@@ -5,7 +5,7 @@ them is copied before. For the interpreter, a plain store.
 """
 
 # Mosaic's Python is not typed for outsiders.
-# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportAbstractUsage=false
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportAbstractUsage=false, reportCallIssue=false
 
 from __future__ import annotations
 

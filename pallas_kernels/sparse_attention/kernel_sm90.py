@@ -1,4 +1,4 @@
-"""Sparse decode attention on Hopper: 64 heads of one query over the entries that its indices name.
+"""Sparse decode attention on Hopper where thread blocks have few blocks of entries: 64 heads of one query. See `many`.
 
     s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
 
@@ -19,14 +19,10 @@ their own, E[n] (see convert_sm90), which logits are multiplied by and weights t
 multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 15), M the running maximum of t + log2 E.
 
 The order of a query's sums depends on its own entries and on how many queries there are.
-Bounds, for each 64 entries: 37376 bytes, which is 1.65 us of an SM's share of 3.0 TB/s; 2 x 64 x 64 x 512 products,
-2048 cycles of wgmma, 1.17 us at 1.75 GHz; about 360 KB through shared memory and the L1 cache it is part of (entries
-in, as float16, and out to wgmma twice, q out), 2800 cycles; 440 instructions of each gathering warp, 440 of each
-multiplying one.
-Measured on an H100, 64 heads, 128 + 512 entries: 42.0 us for 128 queries and 78.7 for 256, 46 and 49 % of the bytes
-over 3.35 TB/s; 10.9 us for one; 209 us for 64 queries of 128 + 8192; 124 us for 128 queries of 128 heads, 128 + 1024.
-Without loads an earlier version took 29.0 us for the first, without the products of weights and entries besides 25.4:
-what binds is the wait of gathering warpgroups for their loads, and then the multiplying ones' turns.
+Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; about 360 KB through shared memory and
+the L1 cache it is part of, 2800 cycles; 440 instructions of each gathering warp, 440 of each multiplying one.
+Measured on an H200: one query of 128 + 512 entries, divided among ten thread blocks, 10.7 us. What binds, where there is
+more to do, is the wait of gathering warpgroups for their loads, and then the multiplying ones' turns.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

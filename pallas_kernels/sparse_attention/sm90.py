@@ -25,7 +25,8 @@ WIDTH = 512  # channels at most
 TILE = 64  # channels that share a scale
 PIECE = 16  # bytes that are loaded at once
 MOST_QUERIES = 4  # of a sequence
-LIST = 32  # entries of a list that are loaded at once
+MANY = 4  # blocks of a thread block, from which on it takes the kernel for many
+LIST = 64  # entries of a list that are loaded at once
 
 
 def unsupported_reason(
@@ -133,6 +134,7 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     # Pallas is slow to import.
     from pallas_kernels.sparse_attention import combine_sm90, entries_sm90, kernel_sm90, turn_sm90
+    from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
 
     batch, tokens, heads, width = q.shape
     sources = []
@@ -150,7 +152,8 @@ def _attend(
     if rotation is not None:
         begin, size = spread[-1]
         factors = turn_sm90.factors(rotation, flat.shape[-1], begin + size)
-    out, lse = kernel_sm90.attend(flat, sources, sink, factors, tokens=tokens, scale=scale, splits=parts)
+    kernel = many_sm90 if blocks >= MANY * parts else kernel_sm90
+    out, lse = kernel.attend(flat, sources, sink, factors, tokens=tokens, scale=scale, splits=parts)
     if parts > 1:
         out, lse = combine_sm90.combine(out, lse, sink, factors, q.dtype)
     out = jnp.concatenate([out[:, :heads, begin : begin + size] for begin, size in spread], axis=-1)

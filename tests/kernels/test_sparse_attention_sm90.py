@@ -94,6 +94,12 @@ def queries(key, batch, tokens, heads=64, width=WIDTH):
     return jax.random.normal(jax.random.key(key), (batch, tokens, heads, width), jnp.bfloat16)
 
 
+@pytest.fixture(params=["few", "many"])
+def which(request, monkeypatch):
+    """Both kernels: for thread blocks with few blocks of entries, and with many."""
+    monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
+
+
 SINK = np.concatenate([np.linspace(-3, 3, 62), [np.inf, -np.inf]]).astype(np.float32)
 
 
@@ -116,6 +122,7 @@ def hostile():
     return queries(0, batch, tokens), window, window_index, compressed, index, count
 
 
+@pytest.mark.usefixtures("which")
 def test_exactly_the_named_entries_are_read():
     """By two thread blocks a query, of which some have nothing to read."""
     q, window, window_index, compressed, index, count = hostile()
@@ -128,6 +135,7 @@ def test_exactly_the_named_entries_are_read():
     assert not np.any(got[0][:, :, 62]), "sink +inf: output 0"
 
 
+@pytest.mark.usefixtures("which")
 def test_the_first_entries_in_order_and_more_heads():
     """Without an index the count alone says what is seen: around a page, and none."""
     lengths = np.array([[0], [1], [15], [16], [17]], np.int32)
@@ -141,6 +149,7 @@ def test_the_first_entries_in_order_and_more_heads():
     check(got, want)
 
 
+@pytest.mark.usefixtures("which")
 def test_a_permuted_batch_gives_permuted_bits():
     """And a window alone, numbered through the pool."""
     batch = 4
@@ -155,6 +164,7 @@ def test_a_permuted_batch_gives_permuted_bits():
 
 
 @pytest.mark.parametrize("exponent", [-22, 15])
+@pytest.mark.usefixtures("which")
 def test_scales_at_the_ends_of_their_range(exponent):
     """2^-22 and 2^15: more than float16 has on either side."""
     batch, count = 1, 40
@@ -166,7 +176,19 @@ def test_scales_at_the_ends_of_their_range(exponent):
     check(kernel(q, entries, index, None, None, None, None), want)
 
 
+@pytest.mark.parametrize("count", [128, 300])
+@pytest.mark.usefixtures("which")
+def test_logits_that_grow(count):
+    """Every block exceeds what the one before it is relative to, the last one too."""
+    entries = rows(1, 1, count)
+    scale = entries.scale.astype(jnp.int32) + (jnp.arange(count) // 60)[None, :, None]
+    entries = dataclasses.replace(entries, scale=scale.astype(entries.scale.dtype))
+    args = queries(0, 1, 1) * 2, entries, np.arange(count, dtype=np.int32)[None, None], None, None, None, SINK
+    check(kernel(*args), reference(*args))
+
+
 @pytest.mark.parametrize(("kind", "width", "rotary", "heads"), [("fp8", 64, 16, 8), ("bfloat16", 96, 0, 8)])
+@pytest.mark.usefixtures("which")
 def test_other_sizes(kind, width, rotary, heads):
     """Tiles that rows do not fill, and heads that do not fill a thread block."""
     batch, count, form = 2, 70, entry_format(kind, rotary)

@@ -1,4 +1,4 @@
-"""Vectors of indices looked up in either memory, one element or four neighbours at a time; for the interpreter, in jnp."""
+"""Vectors of indices looked up in either memory, one element or four neighbours at a time; interpreted, in jnp."""
 
 # Mosaic's Python is not typed for outsiders.
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.top_k import rank, team
+from pallas_kernels.top_k.look_up import look_up, look_up_four
 from pallas_kernels.top_k.maxima import LARGEST, LEAST, WITHOUT_BARRIERS, maxima, ordered
 from pallas_kernels.top_k.sort import in_order
 from pallas_kernels.top_k.team import LANES, Team
@@ -48,8 +49,6 @@ from pallas_kernels.top_k.warpgroup import (
     count,
     find,
     in_lanes,
-    look_up,
-    look_up_four,
     put,
     width,
 )

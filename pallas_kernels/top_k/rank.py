@@ -22,6 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.top_k.look_up import look_up
 from pallas_kernels.top_k.team import Team
 from pallas_kernels.top_k.warpgroup import (
     NOWHERE,
@@ -30,7 +31,6 @@ from pallas_kernels.top_k.warpgroup import (
     each_scalar,
     in_lanes,
     is_set,
-    look_up,
     scanned,
     shared_address,
     store_if,

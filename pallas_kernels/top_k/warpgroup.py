@@ -1,4 +1,4 @@
-"""What a warpgroup does with entries that Pallas has no words for: look up, bound, count, append.
+"""What a warpgroup does with entries that Pallas has no words for: put, bound, count, append.
 
 Vectors are int32 or float32 [n], n a multiple of 128, element i in lane i % 128. What is stored in shared memory all
 warpgroups of a thread block may store at once. The interpreter's twins are in jnp.
@@ -35,48 +35,6 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 
 def in_lanes(n: int) -> Any:
     return plgpu.Layout.WG_STRIDED((n,), vec_size=1)
-
-
-def look_up(ref: Any, index: jax.Array) -> jax.Array:
-    """ref[index], of a vector in either memory."""
-    if is_interpreted():
-        return ref[...][index]
-    layout = in_lanes(*index.shape)
-    found = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=found)
-    def run(_ctx: Any, ref: Any, index: Any) -> Any:
-        registers = np.empty_like(index.registers)
-        base, element = utils.memref_ptr(ref), ir.MemRefType(ref.type).element_type
-        for at, i in each_scalar(index):
-            address = utils.getelementptr(base, [i], element)
-            registers[at] = llvm.load(ir.VectorType.get((1,), element), address, alignment=4)
-        signed = utils.is_signed(found.dtype)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
-
-    return run(ref, index)
-
-
-def look_up_four(ref: Any, index: jax.Array) -> tuple[jax.Array, ...]:
-    """ref[index + i], i = 0 ... 3, of a vector in memory, for indices that are multiples of four."""
-    if is_interpreted():
-        return tuple(ref[...][index + i] for i in range(4))
-    layout = in_lanes(*index.shape)
-    found = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=(found,) * 4)
-    def run(_ctx: Any, ref: Any, index: Any) -> Any:
-        registers = [np.empty_like(index.registers) for _ in range(4)]
-        base, element = utils.memref_ptr(ref), ir.MemRefType(ref.type).element_type
-        one, four = (ir.VectorType.get((size,), element) for size in (1, 4))
-        for at, i in each_scalar(index):
-            values = llvm.load(four, utils.getelementptr(base, [i], element), alignment=16)
-            for j in range(4):
-                registers[j][at] = vector.broadcast(one, vector.extract(values, [], [j]))
-        signed = utils.is_signed(found.dtype)
-        return tuple(mgpu.FragmentedArray(_registers=x, _layout=layout.to_mgpu(), _is_signed=signed) for x in registers)
-
-    return run(ref, index)
 
 
 def put(team: Team, ref_gmem: Any, index: jax.Array, value: jax.Array, where: jax.Array) -> None:

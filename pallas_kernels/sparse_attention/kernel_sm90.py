@@ -1,4 +1,4 @@
-"""Sparse decode attention on Hopper where thread blocks have few blocks of entries: 64 heads of one query. See `many`.
+"""Sparse decode attention on Hopper: 64 heads of one query, few entries a thread block; for many, see `many`.
 
     s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
 
@@ -19,10 +19,8 @@ their own, E[n] (see convert_sm90), which logits are multiplied by and weights t
 multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 15), M the running maximum of t + log2 E.
 
 The order of a query's sums depends on its own entries and on how many queries there are.
-Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; about 360 KB through shared memory and
-the L1 cache it is part of, 2800 cycles; 440 instructions of each gathering warp, 440 of each multiplying one.
-Measured on an H200: one query of 128 + 512 entries, divided among ten thread blocks, 10.7 us. What binds, where there is
-more to do, is the wait of gathering warpgroups for their loads, and then the multiplying ones' turns.
+Bounds, for each 64 entries: 2048 cycles of wgmma; 360 KB through shared memory and L1 cache, 2800 cycles.
+Measured on an H200: one query of 128 + 512 entries, divided among ten thread blocks, 10.7 us.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

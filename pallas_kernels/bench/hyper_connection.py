@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.case import Bench, disagreement
+from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.hyper_connection import kernel_sm90, post_sm90, reference
 from pallas_kernels.hyper_connection.cases import BENCH, HyperCase
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, MOST_HELD, STREAMS, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, STREAMS, PreTiling, default_tiling
+from pallas_kernels.mosaic.launch import sm_count
 
 HOW: dict[str, Any] = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 COEFFICIENTS = 1e-5  # allowed of the coefficients, relative and elementwise: they are float32 throughout
@@ -23,20 +25,26 @@ Result = tuple[jax.Array, Mix]
 def benches() -> Iterator[Bench]:
     for case in BENCH:
         yield bench_pre(case)
+        yield bench_pre(case, FP8_GROUP)
         yield bench_post(case)
 
 
-def bench_pre(case: HyperCase) -> Bench:
+def bench_pre(case: HyperCase, form: QuantFormat | None = None) -> Bench:
+    """form: of x's codes, which are made with it; the tests look at them."""
+    codes = 0 if form is None else case.m * (case.width + case.width // CHUNK)
     return Bench(
         op="hyper_connection",
-        name=f"pre {case.name}",
+        name=f"pre{'' if form is None else ' and codes'} {case.name}",
         inputs=functools.partial(inputs, case),
         shared=functools.partial(parameters, case),
-        ours={str(tiling): functools.partial(run_pre, tiling) for tiling in tilings(case)},
-        xla={"reference": plain_pre},
+        ours={str(tiling): functools.partial(run_pre, tiling, form) for tiling in tilings(case)},
+        xla={"reference": functools.partial(plain_pre, form)},
         reference=exact_pre,
         judge=difference,
-        nbytes=case.m * (2 * (STREAMS + 1) * case.width + 4 * (MIXED - STREAMS)) + 4 * MIXED * STREAMS * case.width,
+        part=lambda result: result[:2],
+        nbytes=case.m * (2 * (STREAMS + 1) * case.width + 4 * (MIXED - STREAMS))
+        + 4 * MIXED * STREAMS * case.width
+        + codes,
         flops=2 * case.m * MIXED * STREAMS * case.width,
         unit="bf16",
         peer=("hc", case.m, STREAMS * case.width),
@@ -60,10 +68,8 @@ def bench_post(case: HyperCase) -> Bench:
 
 def tilings(case: HyperCase) -> Iterator[PreTiling]:
     """The default first, then what else is worth a try."""
-    tried = [default_tiling(case.m), PreTiling(1), PreTiling(GROUP)]
-    if case.m % MOST_HELD == 0:
-        tried += [PreTiling(GROUP, held=held) for held in (2, MOST_HELD)]
-    return iter(dict.fromkeys(tried))
+    usual = default_tiling(case.m, case.width, sm_count())
+    return iter(dict.fromkeys([usual, *(PreTiling(GROUP, *how) for how in ((4, 4), (4, 6), (6, 8), (8, 6)))]))
 
 
 def inputs(case: HyperCase, key: jax.Array) -> jax.Array:
@@ -89,16 +95,16 @@ def post_inputs(case: HyperCase, key: jax.Array) -> tuple[jax.Array, jax.Array, 
     return inputs(case, of_streams), out, Mix(mix[..., 0], mix[..., 1:])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_pre(tiling: PreTiling, form: QuantFormat | None, sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Any:
+    streams, (fn, base, scale, norm_weight) = sets
+    return kernel_sm90.pre(streams, fn, base, scale, norm_weight, **HOW, form=form, tiling=tiling)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def run_pre(tiling: PreTiling, sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Result:
+def plain_pre(form: QuantFormat | None, sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Any:
     streams, (fn, base, scale, norm_weight) = sets
-    return kernel_sm90.pre(streams, fn, base, scale, norm_weight, **HOW, tiling=tiling)
-
-
-@jax.jit
-def plain_pre(sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Result:
-    streams, (fn, base, scale, norm_weight) = sets
-    return reference.pre(streams, fn, base, scale, norm_weight, **HOW)
+    return reference.pre(streams, fn, base, scale, norm_weight, **HOW, form=form)
 
 
 @jax.jit

@@ -1,11 +1,10 @@
-"""From partial products to a sub-layer's input: coefficients, Sinkhorn, the sum of streams, RMSNorm; on Hopper.
+"""From the numbers of a token to a sub-layer's input: the sum of streams by their weights and RMSNorm, on Hopper.
 
-A warpgroup takes `held` tokens. For their coefficients each has one or more warps, a lane for each of the 24 numbers
-while partials are added, then every lane all of them: 16 numbers of a matrix in 16 registers, so that no
-normalisation moves anything between threads. Then one token at a time: its streams, 8 neighbours a thread, are read
-once, in flight while the coefficients are made, and x stays in registers from the weighted sum to its norm.
+Two warpgroups have one token at a time, half of its columns each: its streams are in registers before its numbers are
+known, and x stays there from the weighted sum to its norm. As soon as x is summed, streams of a token to come are asked
+for, the next or the one after it. The sum of squares crosses warps and warpgroups in shared memory.
 
-Bound: memory, or for few tokens latency: an iteration of Sinkhorn is a chain of some 100 cycles.
+Bound: memory, (2 n + 2) D bytes a token, of which streams come from the L2 cache.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -14,7 +13,8 @@ Bound: memory, or for few tokens latency: an iteration of Sinkhorn is a chain of
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,233 +23,90 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.hyper_connection.project_sm90 import ROW
-from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, MOST_HELD, STREAMS, PreTiling
-from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.hyper_connection import codes_sm90
+from pallas_kernels.hyper_connection.codes_sm90 import neighbours
+from pallas_kernels.hyper_connection.coefficients_sm90 import BATCH, SLOTS, Numbers, sigmoid
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
+from pallas_kernels.hyper_connection.project_sm90 import SQUARES
+from pallas_kernels.hyper_connection.share_sm90 import Share
+from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, TWO_AHEAD
+from pallas_kernels.mosaic import warp_sums
 from pallas_kernels.mosaic.launch import store_narrow
-from pallas_kernels.quant.tensor import QuantTensor
-from pallas_kernels.quantize_rows.kernel_sm90 import quantized, registers, spread
-
-AHEAD = 32  # groups of columns up to which a warpgroup holds the next token's streams beside x
-COMB = range(2 * STREAMS, MIXED)
 
 
-class Numbers(NamedTuple):
-    """What `pre` is told besides its arrays."""
-
-    iterations: int
-    eps: float
-    norm_eps: float
-
-
-def scratch(held: int) -> dict[str, Any]:
-    """mixed: the 24 numbers of a token, transposed where there are several. into: its weights of streams."""
+def scratch() -> dict[str, Any]:
+    """squares: of x, by rounds in turn, finishers and their warps."""
     return {
-        "mixed": plgpu.SMEM((ROW, held) if held > 1 else (held, ROW), jnp.float32),
-        "into": plgpu.SMEM((STREAMS, held), jnp.float32),
+        "squares": plgpu.SMEM((2, FINISHERS, warp_sums.WARPS), jnp.float32),
+        "both": plgpu.Barrier(num_arrivals=FINISHERS),
     }
 
 
-def out_types(tokens: int, width: int, form: QuantFormat | None) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of x, post and comb, and of x's codes and their scales if there is a format for them."""
-    of_codes = ()
-    if form is not None:
-        of_scales = jnp.uint8 if form.scale == "ue8m0" else jnp.float32
-        of_codes = (
-            jax.ShapeDtypeStruct((tokens, width // CHUNK, CHUNK), form.values_dtype),
-            jax.ShapeDtypeStruct((tokens, width // CHUNK), of_scales),
-        )
-    return (
-        jax.ShapeDtypeStruct((tokens, width // CHUNK, CHUNK), jnp.bfloat16),
-        jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
-        jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
-        *of_codes,
-    )
-
-
-def of_rows(codes: jax.Array, scale: jax.Array, form: QuantFormat) -> QuantTensor:
-    """[m, D] of codes and scales as they are written."""
-    if form.scale == "ue8m0":
-        scale = lax.bitcast_convert_type(scale, jnp.float8_e8m0fnu)
-    return QuantTensor(codes.reshape(codes.shape[0], -1), scale, form)
-
-
 def finish(
-    partial: jax.Array,
-    squares: jax.Array,
-    streams: jax.Array,
-    base: jax.Array,
-    scale: jax.Array,
-    norm_weight: jax.Array,
-    numbers: Numbers,
-    tiling: PreTiling,
-    form: QuantFormat | None = None,
-) -> tuple[jax.Array, ...]:
-    """x [m, D/128, 128], post [m, 4] and comb [m, 16] of streams [m, 4, D/128, 128], in one launch of its own.
-
-    norm_weight [D/128, 128]. form: of x's codes, which follow: float8 [m, D/128, 128] and stored scales [m, D/128].
-    """
-    tokens, _, groups, _ = streams.shape
-    held = tiling.held
-    assert tokens % held == 0, f"{tokens} tokens in {tiling}"
-    if held > MOST_HELD and not is_interpreted():
-        raise ValueError(f"held={held} does not compile with jax {jax.__version__}: use held={MOST_HELD}, or jax 0.11")
-
-    def kernel(*refs, **scratch):
-        token = lax.axis_index("item") * held
-        finish_tokens(token, *refs, numbers=numbers, tiling=tiling, form=form, **scratch)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=out_types(tokens, groups * CHUNK, form),
-        grid=(tokens // held,),
-        grid_names=("item",),
-        scratch_types=scratch(held),
-    )(partial, squares, streams, base, scale, norm_weight)
-
-
-def finish_tokens(
-    token: jax.Array,
-    partial_gmem: Any,
-    squares_gmem: Any,
+    finisher: jax.Array,
     streams_gmem: Any,
     base_gmem: Any,
     scale_gmem: Any,
     norm_weight_gmem: Any,
-    x_gmem: Any,
-    post_gmem: Any,
-    comb_gmem: Any,
-    *codes_gmem: Any,
-    numbers: Numbers,
-    tiling: PreTiling,
+    outs_gmem: Sequence[Any],
+    *,
     form: QuantFormat | None,
+    share: Share,
+    numbers: Numbers,
+    handover: Handover | Nothing,
     mixed: Any,
-    into: Any,
+    ready: Any,
+    read: Any,
+    squares: Any,
+    both: Any,
 ) -> None:
-    """What becomes of the `held` tokens from `token` on."""
-    held, groups = tiling.held, streams_gmem.shape[2]
-    layout = registers(groups)
+    """x of the thread block's tokens, by one of two warpgroups.
 
-    def load_streams(t: int) -> list[jax.Array]:
-        at = streams_gmem.at[token + t]
-        return [plgpu.load(at.at[i], layout=layout, optimized=False) for i in range(STREAMS)]
+    outs_gmem: for x, and if there is a `form` for its codes and their scales.
+    """
+    tokens, _, width = streams_gmem.shape
+    columns = pl.ds(finisher * (width // FINISHERS), width // FINISHERS)
+    layout = neighbours(width // FINISHERS)
+    base, scale = [base_gmem[o] for o in range(STREAMS)], scale_gmem[0]
+    ahead = 2 if width <= TWO_AHEAD else 1
 
-    def load_factors() -> jax.Array:
-        return plgpu.load(norm_weight_gmem, layout=layout, optimized=False)
+    def load_streams(i: jax.Array) -> list[jax.Array]:
+        token = jnp.minimum(share.token(i), tokens - 1)
+        return [plgpu.load(streams_gmem.at[token, s, columns], layout=layout, optimized=False) for s in range(STREAMS)]
 
-    streams = load_streams(0)  # before anything that waits
-    factors = load_factors() if held == 1 else None
-    constants = [base_gmem[o] for o in range(MIXED)], [scale_gmem[i] for i in range(3)]
-    rows = pl.ds(token, held)
-    logits = mixed_numbers(partial_gmem.at[:, :, rows], squares_gmem.at[:, :, rows], constants, mixed, numbers, tiling)
+    def weights_of(i: jax.Array) -> list[jax.Array]:
+        slot = lax.rem(i, SLOTS)
+        plgpu.barrier_wait(ready.at[lax.rem(i, ready.shape[0])])
+        inverse_rms = lax.rsqrt(mixed[slot, SQUARES] / (STREAMS * width) + numbers.norm_eps)
+        return [sigmoid(mixed[slot, s] * inverse_rms * scale + base[s]) + numbers.eps for s in range(STREAMS)]
 
-    def store(gmem, i, value):
-        if held == 1:
-            gmem[token, i] = value
-        else:
-            store_narrow(gmem, (rows, i), value)
-
-    weights = [sigmoid(logits[i]) + numbers.eps for i in range(STREAMS)]
-    for i, weight in enumerate(weights):
-        store(post_gmem, i, 2 * sigmoid(logits[STREAMS + i]))
-        if held > 1:
-            into[i] = weight
-    for i, value in enumerate(sinkhorn([logits[o] for o in COMB], numbers)):
-        store(comb_gmem, i, value)
-    for t in range(held):
-        of_token = weights if held == 1 else [into[i, t] for i in range(STREAMS)]
-        parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(of_token, streams, strict=True)]
+    def round_(i, held):
+        streams, *held = held
+        weights = weights_of(i)
+        batch = lax.div(i, BATCH)
+        wanted_again = (lax.rem(i, BATCH) == BATCH - 1) & ((batch + 2) * BATCH < share.rounds)
+        pl.when(wanted_again)(lambda: plgpu.barrier_arrive(read.at[lax.rem(batch, 2)]))
+        parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(weights, streams, strict=True)]
         wide = functools.reduce(jnp.add, parts)
-        if t + 1 < held and groups <= AHEAD:
-            streams = load_streams(t + 1)
-        of_columns = load_factors() if factors is None else factors  # again: registers are scarce
-        squares = jnp.sum(wide * wide, axis=1)
-        squares = jnp.sum(squares) if groups > 1 else spread(squares, layout)
-        x = wide * lax.rsqrt(squares / (groups * CHUNK) + numbers.norm_eps) * of_columns.astype(jnp.float32)
-        rounded = x.astype(jnp.bfloat16)
-        x_gmem[token + t] = rounded
-        if form is not None:
-            codes, stored = quantized(rounded.astype(jnp.float32), form, layout)
-            codes_gmem[0][token + t] = codes
-            store_narrow(codes_gmem[1], token + t, stored)
-        if t + 1 < held and groups > AHEAD:
-            streams = load_streams(t + 1)
+        handover.have_read(i)
+        held = [*held, load_streams(i + ahead)]
+        turn = lax.rem(i, 2)
+        warp_sums.store(squares.at[turn, finisher], wide * wide, layout)
+        plgpu.barrier_arrive(both)
+        plgpu.barrier_wait(both)
+        of_warps = [squares[turn, f, w] for f in range(FINISHERS) for w in range(warp_sums.WARPS)]
+        total = functools.reduce(jnp.add, of_warps)
+        x = wide * lax.rsqrt(total / width + numbers.norm_eps) * factors
 
+        @pl.when(share.token(i) < tokens)
+        def _store():
+            x_gmem, *codes_gmem = outs_gmem
+            rounded = x.astype(jnp.bfloat16)
+            store_narrow(x_gmem, (share.token(i), columns), rounded)
+            if form is not None:
+                codes_sm90.store(codes_gmem[0], codes_gmem[1], share.token(i), finisher, rounded, form)
 
-def mixed_numbers(
-    partial_gmem: Any, squares_gmem: Any, constants: Any, mixed_smem: Any, numbers: Numbers, tiling: PreTiling
-) -> list[jax.Array]:
-    """mix * scale + base: 24 arrays [held], of partials [groups, each, held, 32] and squares [groups, each, held]."""
-    base, scale = constants
-    lanes = token_lanes(tiling.held)
-    columns = partial_gmem.shape[0] * GROUP * CHUNK
+        return held
 
-    several = partial_gmem.shape[0] > 1  # groups: Mosaic infers no layout for an axis of one
-
-    def of_chunk(c: int) -> tuple[jax.Array, jax.Array]:  # of every group
-        at = (slice(None) if several else 0, c)
-        return (
-            plgpu.load(partial_gmem.at[at], layout=lanes, optimized=False),
-            plgpu.load(squares_gmem.at[at], layout=lanes.reduce(1), optimized=False),
-        )
-
-    product, squares = functools.reduce(added, map(of_chunk, range(partial_gmem.shape[1])))
-    if several:
-        product, squares = jnp.sum(product, axis=0), jnp.sum(squares, axis=0)
-    inverse_rms = lax.rsqrt(squares / columns + numbers.norm_eps)
-    mix = product * plgpu.layout_cast(lax.broadcast_in_dim(inverse_rms, product.shape, [0]), lanes)
-    if tiling.held == 1:  # scalars: every thread has all numbers of the one token
-        mixed_smem[...] = mix
-        found = [mixed_smem[0, o] for o in range(MIXED)]
-    else:
-        mixed_smem.T[...] = mix
-        found = [plgpu.load(mixed_smem.at[o], layout=lanes.reduce(1), optimized=False) for o in range(MIXED)]
-    return [x * scale[min(o // STREAMS, 2)] + base[o] for o, x in enumerate(found)]
-
-
-def added(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def sinkhorn(logits: list[jax.Array], numbers: Numbers) -> list[jax.Array]:
-    """The 16 numbers of the matrix, row by row, from those of its logits: `reference.sinkhorn` unrolled."""
-    n = STREAMS
-
-    def sums(values: list[jax.Array]) -> list[jax.Array]:  # of rows
-        return [(a + b) + (c + d) for a, b, c, d in (values[i : i + n] for i in range(0, n * n, n))]
-
-    def normalize_rows(values: list[jax.Array]) -> list[jax.Array]:
-        inverse = [reciprocal(total + numbers.eps) for total in sums(values)]
-        return [value * inverse[i // n] for i, value in enumerate(values)]
-
-    def normalize_columns(values: list[jax.Array]) -> list[jax.Array]:
-        return transposed(normalize_rows(transposed(values)))
-
-    def transposed(values: list[jax.Array]) -> list[jax.Array]:
-        return [values[i % n * n + i // n] for i in range(n * n)]
-
-    most = [functools.reduce(jnp.maximum, logits[i : i + n]) for i in range(0, n * n, n)]
-    values = [jnp.exp(logit - most[i // n]) for i, logit in enumerate(logits)]
-    inverse = [reciprocal(total) for total in sums(values)]
-    values = normalize_columns([value * inverse[i // n] + numbers.eps for i, value in enumerate(values)])
-
-    def both(_: Any, values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(normalize_columns(normalize_rows(list(values))))
-
-    return list(lax.fori_loop(0, numbers.iterations - 1, both, tuple(values)))
-
-
-def reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x for positive x, to a few units in the last place: a division is a chain four times as long."""
-    root = lax.rsqrt(x)
-    return root * root
-
-
-def sigmoid(x: jax.Array) -> jax.Array:
-    return 1 / (1 + jnp.exp(-x))
-
-
-def token_lanes(held: int) -> Any:
-    """How a warpgroup has [held, 32]: a lane for each column, and every token 4 / held warps."""
-    warp_dims = {4: (-3,), 2: (plgpu.Replicated(2), -3), 1: (plgpu.Replicated(4),)}[held]
-    return plgpu.Layout.TILED(plgpu.Tiling(((held, ROW), (1,))), warp_dims, (-2,), -1)
+    factors = plgpu.load(norm_weight_gmem.at[columns], layout=layout, optimized=False).astype(jnp.float32)
+    lax.fori_loop(0, share.rounds, round_, [load_streams(jnp.int32(i)) for i in range(ahead)])

@@ -1,22 +1,46 @@
-"""mHC's `pre` on Hopper in two launches: partial products (project_sm90.py), then everything else (finish_sm90.py).
+"""mHC's `pre` on Hopper in one launch.
 
-Bound: (2 n + 2) m D bytes / 3.35 TB/s, if the second launch finds the streams in the L2 cache: up to some 1000 tokens
-of 4 x 4096. Beyond, it reads them again: (4 n + 2) m D. On an H100, 4 x 4096 wide: 8.5 us for one token, 11.8 for
-128 (17 % of that limit; both launches are latency), 121 for 4096 (42 %).
+Thread blocks form teams that have the same tiles of 64 tokens, each member a part of the columns. Warpgroups:
+0. project (project_sm90.py): partial products and squares of its columns, for one tile after another;
+1. make coefficients (coefficients_sm90.py): sums of the partials of a few tokens of each tile, their `post` and `comb`;
+2, 3. finish (finish_sm90.py): those tokens' x; before, they split two thirds of the matrix for warpgroup 0.
+A team's members hand partials over in device memory: whoever has written a tile's says so at its semaphore. There are
+no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag` tiles ahead of those
+it has finished, so that finishers find their streams in the L2 cache.
+
+The simulated GPU has no semaphores, and runs two launches.
+Bound: (2 n + 2) m D bytes / 3.35 TB/s; from the L2 cache, 2 n m D bytes more.
 """
+
+# Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.hyper_connection import finish_sm90, project_sm90
-from pallas_kernels.hyper_connection.finish_sm90 import Numbers
+from pallas_kernels.hyper_connection import codes_sm90, coefficients_sm90, finish_sm90, project_sm90
+from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, make_coefficients
+from pallas_kernels.hyper_connection.finish_sm90 import finish
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
+from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, split_terms, whole_tiles
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import BLOCKS, CHUNK, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
+from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, PreTiling, default_tiling
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.quantize_rows.kernel_sm90 import quantize_rows
+
+# Registers a thread of those who project, make coefficients and finish: 128 on average.
+PROJECT_REGISTERS, COEFFICIENT_REGISTERS, FINISH_REGISTERS = 104, 64, 168
 
 
 def pre(
@@ -32,17 +56,158 @@ def pre(
     form: QuantFormat | None = None,
     tiling: PreTiling | None = None,
 ) -> tuple[Any, ...]:
-    """`reference.pre` of streams [.., 4, D] bfloat16 and fn [24, 4 D] float32; D is a multiple of 256."""
+    """`reference.pre` of streams [.., 4, D] bfloat16 and fn [24, 4 D] float32; D is a multiple of 256.
+
+    Narrow streams' codes are made by a launch of their own.
+    """
     *leading, n, width = streams.shape
-    f = streams.reshape(-1, n * width)
-    tiling = tiling or default_tiling(len(f))
-    numbers = Numbers(iterations, eps, norm_eps)
-    base, scale = base.astype(jnp.float32), scale.astype(jnp.float32)
-    partials = project_sm90.project(f, fn, tiling, BLOCKS)
-    of_tokens = f.reshape(len(f), n, width // CHUNK, CHUNK)
-    x, post, comb, *codes = finish_sm90.finish(
-        *partials, of_tokens, base, scale, norm_weight.reshape(-1, CHUNK), numbers, tiling, form
+    rows = streams.reshape(-1, n, width)
+    tiling = tiling or default_tiling(len(rows), width, sm_count())
+    run = in_two_launches if is_interpreted() else in_one_launch
+    fused = form if form is not None and codes_sm90.takes(width) else None
+    x, post, comb, *codes = run(
+        whole_tiles(rows.reshape(-1, n * width)), fn, rows, base.astype(jnp.float32), scale.astype(jnp.float32),
+        norm_weight, Numbers(iterations, eps, norm_eps), tiling, fused,
+    )  # fmt: skip
+    found = x.reshape(*leading, width), Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
+    if form is None:
+        return found
+    codes, stored = codes or quantize_rows(x, form=form)
+    return *found, codes_sm90.of_rows(codes, stored, form)
+
+
+def out_types(tokens: int, width: int, form: QuantFormat | None) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of x, post and comb, and of x's codes and their scales if there is a `form` for them."""
+    return (
+        jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
+        *(() if form is None else codes_sm90.out_types(tokens, width, form)),
     )
-    mix = Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
-    of_rows = () if form is None else (finish_sm90.of_rows(codes[0], codes[1], form),)
-    return x.reshape(*leading, width), mix, *of_rows
+
+
+def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling, form: Any) -> Any:
+    tokens, _, width = streams.shape
+    of = cut(tokens, width, tiling, sm_count())
+    lag = min(tiling.lag, of.most_tiles)  # no more barriers than there is use for
+    # Who loads a tile has finished the one `lag` before; that took everyone's partials, who by then had finished one
+    # another `lag` before.
+    ring = min(2 * tiling.lag, of.most_tiles)
+    if of.blocks > sm_count():
+        raise ValueError(f"{tiling} takes {of.blocks} thread blocks at {width} columns, and they wait for one another")
+    if tiling.lag < (least := of.least_lag(tiling)):
+        raise ValueError(f"{tiling} lags too little: at {width} columns and {tokens} tokens {least} tiles at least")
+
+    def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, finished, **refs):
+        x_gmem, post_gmem, comb_gmem, *codes_gmem, partial_gmem = outs
+        of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
+        handover = Handover(of_block, pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,))), finished)
+
+        @pl.when(warpgroup == 0)
+        def _project():
+            plgpu.set_max_registers(PROJECT_REGISTERS, action="decrease")
+            own = {name: refs[name] for name in project_sm90.scratch(tiling)}
+            project(
+                f_gmem, fn_gmem, partial_gmem,
+                share=of_block, tiling=tiling, ring=ring, handover=handover, **own,
+            )  # fmt: skip
+
+        @pl.when(warpgroup == 1)
+        def _coefficients():
+            plgpu.set_max_registers(COEFFICIENT_REGISTERS, action="decrease")
+            own = {name: refs[name] for name in coefficients_sm90.scratch(of)}
+            make_coefficients(
+                partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
+                share=of_block, ring=ring, columns=STREAMS * width, numbers=numbers, handover=handover, **own,
+            )  # fmt: skip
+
+        @pl.when(warpgroup >= 2)
+        def _finish():
+            plgpu.set_max_registers(FINISH_REGISTERS, action="increase")
+            split_terms(
+                fn_gmem, refs["fn"], refs["split"], share=of_block, units=tiling.units, sharer=warpgroup - 1
+            )  # fmt: skip
+            own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch()}
+            finish(
+                warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
+                form=form, share=of_block, numbers=numbers, handover=handover, **own,
+            )  # fmt: skip
+
+    finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
+    return plgpu.kernel(
+        kernel,
+        out_type=(*out_types(tokens, width, form), partial_type(of, width, tiling, ring)),
+        grid=(of.blocks,),
+        grid_names=("block",),
+        num_threads=2 + FINISHERS,
+        thread_name="warpgroup",
+        scratch_types={
+            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(),
+            "finished": finished,
+        },
+    )(f, fn, streams, base, scale, norm_weight)[:-1]  # fmt: skip
+
+
+def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling, form: Any) -> Any:
+    """The same warpgroups for the simulated GPU: nobody waits for another thread block."""
+    tokens, _, width = streams.shape
+    of = cut(tokens, width, tiling, sm_count())
+    partial = first_launch(of, width, tiling)(f, fn)
+    return second_launch(of, width, numbers, form)(partial, streams, base, scale, norm_weight)
+
+
+def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
+    def kernel(f_gmem, fn_gmem, partial_gmem, *, fn, split, **refs):
+        of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _project():
+            project(
+                f_gmem, fn_gmem, partial_gmem, fn=fn, split=split,
+                share=of_block, tiling=tiling, ring=of.most_tiles, handover=Nothing(), **refs,
+            )  # fmt: skip
+
+        @pl.when(warpgroup > 0)
+        def _split():
+            split_terms(fn_gmem, fn, split, share=of_block, units=tiling.units, sharer=warpgroup)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=partial_type(of, width, tiling, of.most_tiles),
+        grid=(of.blocks,),
+        grid_names=("block",),
+        num_threads=1 + FINISHERS,
+        thread_name="warpgroup",
+        scratch_types=project_sm90.scratch(tiling),
+    )
+
+
+def second_launch(of: Cut, width: int, numbers: Numbers, form: QuantFormat | None) -> Callable[..., Any]:
+    def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, squares, both, **refs):
+        x_gmem, post_gmem, comb_gmem, *codes_gmem = outs
+        of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup == 0)
+        def _coefficients():
+            make_coefficients(
+                partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
+                share=of_block, ring=of.most_tiles, columns=STREAMS * width, numbers=numbers,
+                handover=Nothing(), **refs,
+            )  # fmt: skip
+
+        @pl.when(warpgroup >= 1)
+        def _finish():
+            finish(
+                warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
+                form=form, share=of_block, numbers=numbers, handover=Nothing(), squares=squares, both=both, **refs,
+            )  # fmt: skip
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_types(of.tokens, width, form),
+        grid=(of.blocks,),
+        grid_names=("block",),
+        num_threads=1 + FINISHERS,
+        thread_name="warpgroup",
+        scratch_types={**coefficients_sm90.scratch(of), **finish_sm90.scratch()},
+    )

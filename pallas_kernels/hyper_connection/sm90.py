@@ -12,22 +12,29 @@ from pallas_kernels import device
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.hyper_connection import reference
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MOST_WIDTH, STREAMS
+from pallas_kernels.hyper_connection.tiling import CHUNK, LEAST_EPS, MOST_WIDTH, STREAMS, WIDTH_UNIT
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.quantize_rows.tiling import form_reason
 from pallas_kernels.straight_through import straight_through
 
 
 def pre_unsupported(
-    streams: jax.Array, fn: jax.Array, *_: Any, form: QuantFormat | None = None, **__: Any
+    streams: jax.Array,
+    fn: jax.Array,
+    *_: Any,
+    eps: float = LEAST_EPS,
+    form: QuantFormat | None = None,
+    **__: Any,
 ) -> str | None:
     """Why the Hopper kernels do not take this call of `pre`, None if they do."""
     if reason := _streams_reason(streams) or (form_reason(form) if form else None):
         return reason
     if fn.dtype != jnp.float32:
         return f"fn is {fn.dtype}: it takes float32"
-    if streams.shape[-1] % (unit := CHUNK * GROUP // STREAMS):
-        return f"streams are {streams.shape[-1]} wide: a multiple of {unit}"
+    if eps < LEAST_EPS:
+        return f"eps is {eps}: it takes {LEAST_EPS} and more"
+    if streams.shape[-1] % WIDTH_UNIT:
+        return f"streams are {streams.shape[-1]} wide: a multiple of {WIDTH_UNIT}"
     return None
 
 

@@ -42,14 +42,21 @@ def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.Fra
     for (_, group, _, _, row, *_), word in np.ndenumerate(words):
         low, high = (vector.extract(flat[2 * group + i].registers.flat[row], [], [0]) for i in (0, 1))
         value = vector.extract(vector.bitcast(one_word, word), [], [0])
-        magnitudes = arith.andi(value, _constant(0x77777777))
-        signs = arith.shli(value, _constant(4))
-        for half, order in enumerate(_SIGNS):
-            picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
-            sign = arith.andi(_permuted(signs, value, _constant(order)), _constant(0x80808080))
-            four = vector.broadcast(one_word, arith.ori(_permuted(low, high, picked), sign))
-            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, four)
+        for half, four in enumerate(of_word(value, low, high)):
+            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
     return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
+
+
+def of_word(word: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
+    """The E4M3 bytes of the first four of a word's E2M1 codes, and of the others, by a table of magnitudes."""
+    magnitudes = arith.andi(word, _constant(0x77777777))
+    signs = arith.shli(word, _constant(4))
+    found = []
+    for half, order in enumerate(_SIGNS):
+        picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
+        sign = arith.andi(_permuted(signs, word, _constant(order)), _constant(0x80808080))
+        found.append(arith.ori(_permuted(low, high, picked), sign))
+    return found
 
 
 def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
@@ -78,7 +85,9 @@ def _masked(word: ir.Value, bits: int) -> ir.Value:
 
 
 def any_beyond(_ctx: Any, spreads: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    widest, *others = (vector.extract(register, [], [0]) for register in spreads.registers.flat)
+    widest, *others = (
+        vector.extract(register, [], [i]) for register in spreads.registers.flat for i in range(register.type.shape[0])
+    )
     for other in others:
         widest = arith.maxsi(widest, other)
     ptx = f"""{{ .reg .pred here, anywhere;

@@ -14,11 +14,12 @@ from pallas_kernels.bench.case import disagreement
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.formats import FP8_GROUP
-from pallas_kernels.hyper_connection import kernel_sm90, post_sm90, project_sm90, reference, sm90
+from pallas_kernels.hyper_connection import kernel_sm90, post_sm90, reference, sm90
 from pallas_kernels.hyper_connection.cases import BENCH, HyperCase
-from pallas_kernels.hyper_connection.finish_sm90 import Numbers, sinkhorn
+from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, sinkhorn
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import PreTiling
+from pallas_kernels.hyper_connection.share_sm90 import cut, share
+from pallas_kernels.hyper_connection.tiling import TILE, PreTiling, default_tiling
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import quantize
 
@@ -59,8 +60,8 @@ def check(got, want):
     ("tokens", "width", "tiling"),
     [
         (1, 256, PreTiling(1)),
-        (66, 256, PreTiling(8, stages=3, held=2)),  # a tile and two tokens
-        (4, 512, PreTiling(8, held=4)),
+        (66, 256, PreTiling(4, stages=3)),  # a tile and two tokens
+        (4, 512, PreTiling(2, stages=2)),
     ],
 )
 def test_pre(tokens, width, tiling):
@@ -68,13 +69,18 @@ def test_pre(tokens, width, tiling):
     check(run_pre(streams, *arguments, tiling=tiling), reference.pre(streams, *arguments, **HOW))
 
 
-def test_rows_are_quantised_as_they_come_out():
-    """In the same launch; bit for bit what x becomes, and through the API, where training's gradients pass by them."""
-    arguments, streams = parameters(256), streams_of(3, 256)
+@pytest.mark.parametrize("width", [256, 1024])
+def test_rows_are_quantised_as_they_come_out(width):
+    """Bit for bit what x becomes; in the same launch where streams are wide."""
+    arguments, streams = parameters(width), streams_of(3, width)
     x, _, codes = run_pre(streams, *arguments, form=FP8_GROUP)
     np.testing.assert_array_equal(x, run_pre(streams, *arguments)[0])
     for ours, theirs in zip(jax.tree.leaves(codes), jax.tree.leaves(quantize(x, FP8_GROUP)), strict=True):
         np.testing.assert_array_equal(ours.view(jnp.uint8), theirs.view(jnp.uint8))
+
+
+def test_gradients_pass_by_the_codes():
+    arguments, streams = parameters(256), streams_of(3, 256)
 
     def total(streams, **how):
         x, codes, mix = hyper_connection.pre_quantize_rows(streams, *arguments, **HOW, **how)
@@ -91,12 +97,13 @@ def test_rows_are_quantised_as_they_come_out():
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the simulated wgmma's, of infinities
 def test_what_a_token_is_depends_on_no_other():
-    """Bits: permuted tokens, fewer tokens; and neighbours that are NaN and infinite."""
+    """Bits: permuted tokens, fewer tokens and in another tiling; and neighbours that are NaN and infinite."""
     arguments, streams = parameters(256), streams_of(4, 256)
     order = np.random.default_rng(2).permutation(4)
     bad = jnp.where(jnp.arange(4)[:, None, None] == 1, jnp.bfloat16(np.nan), streams).at[2, 1, 7].set(jnp.inf)
-    runs = (streams, streams[order], streams[:2], bad)
-    whole, permuted, few, spoilt = (run_pre(x, *arguments, tiling=PreTiling(8, held=2)) for x in runs)
+    one, pair = PreTiling(1), PreTiling(4)
+    runs = (streams, pair), (streams[order], pair), (streams[:2], one), (bad, pair)
+    whole, permuted, few, spoilt = (run_pre(x, *arguments, tiling=tiling) for x, tiling in runs)
     good = np.isfinite(np.asarray(bad, np.float32)).all((1, 2))
     for all_of, moved, first, beside in zip(*map(jax.tree.leaves, (whole, permuted, few, spoilt)), strict=True):
         all_of, beside = np.asarray(all_of, np.float32), np.asarray(beside, np.float32)
@@ -112,16 +119,36 @@ def test_fn_keeps_its_24_bits():
     fn = np.zeros((24, 4 * width), np.float32)
     fn[:, 0], fn[:, 1] = 1 + 2.0**-20, -1
     streams = jnp.zeros((1, 4, width), jnp.bfloat16).at[0, 0, :2].set(1)
+    tiling = PreTiling(4)
+    run = kernel_sm90.first_launch(cut(1, width, tiling, 2), width, tiling)
     with interpreted():
-        partial, squares = project_sm90.project(streams.reshape(1, -1), jnp.asarray(fn), PreTiling(8), 2)
-        np.testing.assert_array_equal(np.asarray(partial)[0, 0, 0, :24], np.float32(2.0**-20))
-        assert float(squares[0, 0, 0]) == 2
+        partial = np.asarray(run(streams.reshape(1, -1), jnp.asarray(fn)))
+    np.testing.assert_array_equal(partial[0, 0, 0, :24], np.float32(2.0**-20))
+    assert partial[0, 0, 0, 24] == 2
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 4096), (130, 4096), (1000, 256), (700, 7168), (300, 8192)])
+def test_every_token_is_finished_once_and_not_too_early(tokens, width):
+    tiling = default_tiling(tokens, width, 132)
+    of = cut(tokens, width, tiling, 132)
+    assert of.blocks <= 132 and tiling.lag >= of.least_lag(tiling)
+    seen = []
+    for block in range(of.blocks):
+        mine = share(of, jnp.int32(block))
+        assert int(mine.rounds) <= of.most_rounds
+        for i in range(int(mine.rounds)):
+            seen.append(token := int(mine.token(jnp.int32(i))))
+            begun = {int(mine.tile(jnp.int32(j))) for j in range(int(mine.tiles_begun(jnp.int32(i + 1))))}
+            left = {int(mine.tile(jnp.int32(j))) for j in range(int(mine.tiles_finished(jnp.int32(i))))}
+            assert token >= tokens or token // TILE in begun - left
+    assert sorted(token for token in seen if token < tokens) == list(range(tokens))
 
 
 @pytest.mark.parametrize(("iterations", "eps"), [(1, 1e-6), (3, 0.3), (20, 0.0)])
 def test_sinkhorn(iterations, eps):
     logits = np.random.default_rng(3).normal(size=(16, 5)).astype(np.float32) * 4
-    got = jnp.stack(sinkhorn(list(jnp.asarray(logits)), Numbers(iterations, eps, 0.0)), axis=-1)
+    with interpreted():
+        got = jnp.stack(sinkhorn(list(jnp.asarray(logits)), Numbers(iterations, eps, 0.0)), axis=-1)
     want = reference.sinkhorn(jnp.asarray(logits.T.reshape(5, 4, 4)), iterations, eps)
     np.testing.assert_allclose(got.reshape(5, 4, 4), want, rtol=1e-5, atol=1e-12)
 
@@ -172,6 +199,13 @@ def test_refusals(shape, dtype, fn_dtype, reason):
         assert sm90.pre_unsupported(streams, fn) == reason
     with pretend(KINDS["A100"]):
         assert sm90.pre_unsupported(streams, fn) == "A100 is no Hopper GPU (compute capability 9.0)"
+
+
+def test_divisions_need_an_eps():
+    streams, fn = streams_of(1, 256), parameters(256)[0]
+    with pretend(HOPPER):
+        assert sm90.pre_unsupported(streams, fn, **HOW) is None
+        assert sm90.pre_unsupported(streams, fn, **HOW | {"eps": 0.0}) == "eps is 0.0: it takes 1e-09 and more"
 
 
 def test_a_named_kernel_is_refused_here():

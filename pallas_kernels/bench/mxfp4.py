@@ -65,8 +65,7 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
         yield found
     many = rows * case.weights > AHEAD
     for warpgroups, parts, blocks in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS):
-        how = {"parts": parts, "in_turn": many and warpgroups > 1}
-        tried = (Mxfp4Rows(blocks, stages, warpgroups, **how) for stages in range(MOST_STAGES, 1, -1))
+        tried = (Mxfp4Rows(blocks, stages, warpgroups, parts) for stages in range(MOST_STAGES, 1, -1))
         yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
 
 

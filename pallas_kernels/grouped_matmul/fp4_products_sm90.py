@@ -27,14 +27,15 @@ Sums = tuple[jax.Array, ...]
 
 
 class Slab(NamedTuple):
-    """64 rows of one weight in a consumer's shared memory: packed codes by buffer, and the tables of 512 columns."""
+    """64 rows of one weight in memory of this consumer: packed codes by buffer, scales by buffer, and their tables."""
 
     packed: Any
+    scales: Any
     tables: Any
 
 
 class Products(NamedTuple):
-    """of_weights: by slab. x, x_scale: by buffer. turn: barriers by consumer, None where they issue as they come."""
+    """Of a consumer. x, x_scale: by buffer. staged: for the interpreter. blocks: of a stage."""
 
     slabs: Sequence[Slab]
     x: Any
@@ -42,8 +43,6 @@ class Products(NamedTuple):
     staged: Any
     rows: int
     blocks: int
-    turn: Any = None
-    next_turn: Any = None
 
     @property
     def order(self) -> list[tuple[int, int]]:
@@ -56,13 +55,21 @@ class Products(NamedTuple):
             for b in range(first, first + line)
         ]
 
-    def make_tables(self, words: Sequence[jax.Array]) -> None:
-        for slab, word in zip(self.slabs, words, strict=True):
-            e2m1.store_folded_tables(slab.tables, word)
+    def make_tables(self, slot: Any, group: Any, beyond: Any, fresh: Any) -> None:
+        """Of 512 columns: of all groups where they are `fresh`, or where scales are too far apart of one group."""
 
-    def make_tables_of_one(self, words: Sequence[jax.Array], group: Any) -> None:
-        for slab, word in zip(self.slabs, words, strict=True):
-            e2m1.store_tables_of_one(slab.tables, word, group)
+        @pl.when(fresh & (beyond == 0))
+        def _folded():
+            for slab in self.slabs:
+                e2m1.store_folded_tables(slab.tables, slab.scales.at[slot])
+
+        @pl.when(beyond != 0)
+        def _of_one():
+            for slab in self.slabs:
+                e2m1.store_tables_of_one(slab.tables, slab.scales.at[slot], group)
+
+    def any_beyond(self, slot: Any) -> jax.Array:
+        return e2m1.any_beyond([slab.scales.at[slot] for slab in self.slabs])
 
     def look_up(self, slot: Any, first_block: Any, at: int, b: int, lines: dict[int, Any]) -> tuple[Any, Any]:
         """Codes of K block b of a slab, and the scales of its rows; `lines` keeps packed ones of neighbours."""
@@ -107,7 +114,7 @@ class Products(NamedTuple):
         shapes = [(WGMMA_ROWS, self.rows)] * len(order) + [(WGMMA_ROWS, 8)]
         return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-    def one_by_one(self, slot: Any, first_block: Any, sums: Sums, in_turn: bool) -> Sums:
+    def one_by_one(self, slot: Any, first_block: Any, sums: Sums) -> Sums:
         """Of many rows: a product is added before the next is looked up; meanwhile the other consumer multiplies."""
         added, lines = list(sums), {}
         for at, b in self.order:
@@ -115,12 +122,8 @@ class Products(NamedTuple):
 
             def multiply(accumulator, codes=codes, b=b):
                 e2m1.multiply(accumulator, codes, self.operand(slot, b), self.staged)
-                if in_turn:
-                    plgpu.barrier_arrive(self.next_turn)
                 return wgmma_accumulator_load(accumulator, wait_n=0)
 
-            if in_turn:  # here, not between an accumulator's birth and its wgmma: that would cost writing zeros
-                plgpu.barrier_wait(self.turn)
             product = pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, self.rows), jnp.float32))
             added[at] = added[at] + self.scaled(product, scales, slot, b)
         return tuple(added)

@@ -6,23 +6,23 @@ of the row's four scales in the block and c = w / s, exactly (mosaic/e2m1_folded
 Rows are in blocks of one expert each, and several weights may share their input. Persistent thread blocks take
 `warpgroups` x 64 rows of every weight. Tiles of one row block are neighbours: x is read from device memory once.
 
-- The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, running ahead across tiles.
-- Each consumer has `parts` slabs of 64 rows of every weight. It loads the weight scales of 512 columns straight into
-  registers, one such chunk ahead, and makes tables of the rows' codes from them, in shared memory. It looks up the codes
-  of one K block of one slab at a time, into the registers that wgmma reads its first operand from, and adds products,
-  times the scales of row and token, to float32 sums in the order of K (fp4_products_sm90.py). Of few rows, codes are
-  looked up while the product before runs. Of many, sums and one product fill the registers: two consumers then
-  multiply alternately, one looking up and adding meanwhile.
+- The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, and the 16 bytes of a row's
+  weight scales that are around them, running ahead across tiles.
+- Each consumer has `parts` slabs of 64 rows of every weight. It makes tables of their codes for 512 columns, in shared
+  memory. It looks up the codes of one K block of one slab at a time, into the registers that wgmma reads its first
+  operand from, and adds products, times the scales of row and token, to float32 sums in the order of K
+  (fp4_products_sm90.py). Of few rows, codes are looked up while the product before runs. Of many, sums and one product
+  fill the registers.
 - Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
 Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
 to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
 token's sum is the same whatever other tokens are present, and however many of them a block has.
 
-Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. Few rows run at the speed of memory
-once every multiprocessor has tiles: SHARE_FEW. Many do not: of 112 rows, a consumer's warp issues 275 instructions for a
-product of 64 x 112 x 128, 72 of them integer ones at half rate to look codes up and 112 to add, two such warps share a
-scheduler, and each mostly waits for itself: 1300 cycles on an H200, of which wgmma needs 448 for both.
+Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. Few rows run at the speed of
+memory once every multiprocessor has tiles: gate and up of 256 experts of 3 rows 542 us on an H200, 4.2 TB/s. Many do
+not: of 112 rows, a consumer's warp issues 275 instructions for a product of 64 x 112 x 128, 72 of them integer ones at
+half rate to look codes up and 112 to add. Two such warps share a scheduler, and each mostly waits for itself.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -30,7 +30,6 @@ scheduler, and each mostly waits for itself: 1300 cycles on an H200, of which wg
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,17 +75,17 @@ def expert_rows(
     k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
     stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
     rows_each, count = tiling.rows, len(weights)
-    tiles, steps, line, each = n // rows_each, k // depth, min(depth, LINE), SCALED // depth
+    tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
     assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
     results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, warpgroups, parts, out_dtype)
     of_blocks = factors is not None and len(factors) < m
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
-        x_smem, x_scale_smem, w_smem = (scratch[name] for name in ("x", "x_scale", "w"))
+        x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
         filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
-        loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm"}
+        loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
@@ -96,21 +95,24 @@ def expert_rows(
 
             def copy(found, i, slot):
                 block, tile, expert = found
+                rows_gmem = pl.ds(tile * rows_each, rows_each)
                 of_x = block if len(x) == m else 0
                 tokens, columns = pl.ds(of_x * rows, rows), pl.ds(i * depth, depth)
-                plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot])
-                of_blocks = x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)]
-                plgpu.copy_gmem_to_smem(of_blocks, x_scale_smem.at[slot], filled.at[slot])
-                rows_gmem, packed = pl.ds(tile * rows_each, rows_each), pl.ds(i * (depth // 2), depth // 2)
-                for j, gmem in enumerate(w_gmems):
-                    source = gmem.at[expert, rows_gmem, packed]
-                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
+                copied = [(x_gmem.at[tokens, columns], x_smem.at[slot])]
+                copied += [(x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)], x_scale_smem.at[slot])]
+                packed = pl.ds(i * (depth // 2), depth // 2)
+                around = pl.ds(lax.div(i * depth, SCALED) * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
+                for gmems, smem, columns in ((w_gmems, w_smem, packed), (w_scale_gmems, w_scale_smem, around)):
+                    copied += [(gmem.at[expert, rows_gmem, columns], smem.at[slot, j]) for j, gmem in enumerate(gmems)]
+                for source, target in copied:
+                    plgpu.copy_gmem_to_smem(source, target, filled.at[slot])
 
-            produce(loop | {"init_carry": jnp.int32(0)}, steps, stages, free, copy, with_expert)
+            produce(loop, steps, stages, free, copy, with_expert)
 
         def slab_of(j: int, p: int) -> Slab:
             held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
-            return Slab(w_smem.at[:, j, held], scratch["tables"].at[warpgroup, j * parts + p])
+            tables = scratch["tables"].at[warpgroup, j * parts + p]
+            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
@@ -118,61 +120,32 @@ def expert_rows(
             slabs = [slab_of(j, p) for j in range(count) for p in range(parts)]
             staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
             products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
-            if tiling.in_turn:
-                turns, following = scratch["turn"], lax.rem(warpgroup + 1, warpgroups)
-                products = products._replace(turn=turns.at[warpgroup], next_turn=turns.at[following])
-                pl.when(warpgroup == warpgroups - 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
 
-            def words_of(at: tuple[Any, Any], chunk: Any) -> tuple[jax.Array, ...]:
-                """The weight scales of 512 columns, at an expert and a tile of its rows."""
-                expert, tile = at
-                columns = pl.ds(chunk * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
-                first_row = tile * rows_each + warpgroup * (parts * WGMMA_ROWS)
-                held = [pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
-                scales = (gmem.at[expert, rows, columns] for gmem in w_scale_gmems for rows in held)
-                return tuple(map(e2m1.load_words, scales))
-
-            def tile_at(step: Any) -> tuple[Any, Any]:
-                """Expert and tile of this thread block's steps; of the last, where there are no more."""
-                number = jnp.minimum(step * lax.axis_size("sm") + lax.axis_index("sm"), count_gmem[0] * tiles - 1)
-                return expert_gmem[lax.div(number, tiles)], lax.rem(number, tiles)
-
-            @plgpu.nd_loop(**loop, init_carry=(jnp.int32(0), words_of(tile_at(0), 0)))
+            @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
-                (block, tile), (done, words) = info.index, carry
-                here, next_tile = (expert_gmem[block], tile), tile_at(info.local_index + 1)
+                block, tile = info.index
 
-                def chunk(c, state):
-                    """512 columns, with tables for all of them unless scales are too far apart for one pass."""
-                    words, sums = state
-                    last = c + 1 == k // SCALED
-                    at = jax.tree.map(functools.partial(jnp.where, last), next_tile, here)
-                    following = words_of(at, jnp.where(last, 0, c + 1))
-                    beyond = e2m1.any_beyond(words)
-                    pl.when(beyond == 0)(lambda: products.make_tables(words))
+                def step(i, state):
+                    """beyond: whether scales of these 512 columns are too far apart for one pass."""
+                    beyond, sums = state
+                    slot = lax.rem(carry + i, stages)
+                    plgpu.barrier_wait(filled.at[slot])
+                    inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
+                    beyond = lax.cond(inside == 0, lambda: products.any_beyond(slot), lambda: beyond)
 
-                    def step(i, sums):
-                        slot = lax.rem(done + c * each + i, stages)
-                        plgpu.barrier_wait(filled.at[slot])
+                    def one_pass(group, sums):
+                        products.make_tables(slot, group, beyond, inside == 0)
+                        if rows * len(slabs) <= AHEAD:
+                            return products.ahead(slot, inside * tiling.blocks, sums)
+                        return products.one_by_one(slot, inside * tiling.blocks, sums)
 
-                        def one_pass(group, sums, in_turn=False):
-                            pl.when(beyond != 0)(lambda: products.make_tables_of_one(words, group))
-                            if rows * len(slabs) <= AHEAD:
-                                return products.ahead(slot, i * tiling.blocks, sums)
-                            return products.one_by_one(slot, i * tiling.blocks, sums, in_turn)
-
-                        first = 0
-                        if tiling.in_turn:  # the others would take their turns without this one
-                            sums, first = one_pass(0, sums, True), 1
-                        sums = lax.fori_loop(first, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
-                        plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                        plgpu.barrier_arrive(free.at[slot])
-                        return sums
-
-                    return following, (step(0, sums) if each == 1 else lax.fori_loop(0, each, step, sums))
+                    sums = lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
+                    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                    plgpu.barrier_arrive(free.at[slot])
+                    return beyond, sums
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                words, sums = lax.fori_loop(0, k // SCALED, chunk, (words, (zero,) * len(slabs)))
+                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * len(slabs)))
                 of_rows = None
                 if of_blocks:
                     of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
@@ -181,10 +154,8 @@ def expert_rows(
                     of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
                 of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
                 results.write(of_parts, block, tile, warpgroup, outs, scratch)
-                return done + steps, words
+                return carry + steps
 
-            if tiling.in_turn:
-                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
             results.finish()
 
     halves = plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line // 2)
@@ -192,13 +163,12 @@ def expert_rows(
         "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
         "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
         "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
+        "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
         "tables": plgpu.SMEM((warpgroups, parts * count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
-        "filled": plgpu.Barrier(num_arrivals=2 + count, num_barriers=stages),
+        "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         **results.scratch(),
     }
-    if tiling.in_turn:
-        scratch_types["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups)
     if is_interpreted():
         scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
     outs = plgpu.kernel(

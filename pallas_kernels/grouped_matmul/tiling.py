@@ -19,20 +19,14 @@ MOST_STAGES, MOST_WARPGROUPS = 8, 4
 
 @dataclass(frozen=True)
 class Mxfp4Rows:
-    """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each.
-
-    in_turn: consumers issue products alternately.
-    """
+    """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each."""
 
     blocks: int = 4
     stages: int = 4
     warpgroups: int = 2
     parts: int = 1
-    in_turn: bool = False
 
     def __post_init__(self) -> None:
-        if self.in_turn and self.warpgroups == 1:
-            raise ValueError(f"{self}: one consumer takes no turns")
         if self.blocks not in STAGE_BLOCKS:
             raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
         if self.warpgroups > MOST_WARPGROUPS:
@@ -67,14 +61,14 @@ def default_mxfp4(
 ) -> Mxfp4Rows | None:
     """The longest stage of which two buffers fit, in as many as do, for two consumers if they divide the weights.
 
-    Products of many rows leave registers for short stages only, and their consumers take turns; of one weight they have
-    two slabs, so that x is read half as often.
+    Products of many rows leave registers for short stages only; of one weight they have two slabs, so that x is read
+    half as often.
     """
     many = problem.rows * problem.weights > AHEAD
     for warpgroups, parts in ((2, 2), (2, 1), (1, 1)) if many and problem.weights == 1 else ((2, 1), (1, 1)):
         for blocks in sorted(stage_blocks, reverse=not many):
             for stages in range(MOST_STAGES, 1, -1):
-                tiling = Mxfp4Rows(blocks, stages, warpgroups, parts, in_turn=many and warpgroups > 1)
+                tiling = Mxfp4Rows(blocks, stages, warpgroups, parts)
                 if mxfp4_reason(tiling, problem, itemsize) is None:
                     return tiling
     return None
@@ -82,7 +76,7 @@ def default_mxfp4(
 
 def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
     each, depth = tiling.rows, tiling.blocks * BLOCK
-    of_weights = each * problem.weights * (depth // 2)
+    of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
     written = problem.rows * WGMMA_ROWS * tiling.warpgroups * itemsize
     return tiling.stages * (of_weights + of_rows) + written + each * problem.weights * TABLE_BYTES

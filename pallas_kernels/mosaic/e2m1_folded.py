@@ -30,8 +30,8 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 
 __all__ = [
     "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
-    "load_tables", "load_words", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables",
-    "store_halves", "store_tables_of_one",
+    "load_tables", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables", "store_halves",
+    "store_tables_of_one",
 ]  # fmt: skip
 UNIT = 2.0**-6  # a looked-up code is value / UNIT, where its group has the largest scale
 _TABLE = 0x6C686000, 0x7C787470  # E4M3 of 64 times 0, 0.5, 1, 1.5 and 2, 3, 4, 6, lowest byte first
@@ -61,20 +61,21 @@ def store_halves(codes_gmem: Any, codes: jax.Array, layout: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))(registers.store_halves)(codes_gmem, codes)
 
 
-def load_words(scales: Any) -> jax.Array:
-    """int32 [64, 4] of UE8M0 scales uint8 [64, 16] in memory: four of a row and block, the first in the lowest byte.
+def _load_words(scale_smem: Any) -> jax.Array:
+    """int32 [64, 4] of UE8M0 scales uint8 [64, 16]: four of a row and block, the first in the lowest byte.
 
     Every thread has those of two rows and one block: what is made of scales is made once, and not by all four threads
     that have codes of a row.
     """
     if is_interpreted():
-        return lax.bitcast_convert_type(scales[...].reshape(ROWS, BLOCKS, registers.WORD), jnp.int32)
+        return lax.bitcast_convert_type(scale_smem[...].reshape(ROWS, BLOCKS, registers.WORD), jnp.int32)
     words = plgpu.ShapeDtypeStruct((ROWS, BLOCKS), jnp.int32, layout=registers.EACH_BLOCK)
-    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=words)(registers.load_words)(scales)
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=words)(registers.load_words)(scale_smem)
 
 
-def any_beyond(words: Sequence[jax.Array]) -> jax.Array:
-    """int32 []: 1 if scales of a row and block are beyond 2^SPREAD apart in any of these words, else 0."""
+def any_beyond(scales_smem: Sequence[Any]) -> jax.Array:
+    """int32 []: 1 if of UE8M0 scales uint8 [64, 16] those of a row and block are beyond 2^SPREAD apart, else 0."""
+    words = [_load_words(smem) for smem in scales_smem]
     spreads = [_over_groups(jnp.maximum, word) - _over_groups(jnp.minimum, word) for word in words]
     widest = functools.reduce(jnp.maximum, spreads)
     if is_interpreted():
@@ -83,18 +84,20 @@ def any_beyond(words: Sequence[jax.Array]) -> jax.Array:
     return plgpu.inline_mgpu(arg_types=(registers.EACH_BLOCK,), return_type=answer)(registers.any_beyond)(widest)
 
 
-def store_folded_tables(tables_smem: Any, word: jax.Array) -> None:
+def store_folded_tables(tables_smem: Any, scale_smem: Any) -> None:
     """Tables of all groups of four blocks, times their scales over the largest of their block, and that one.
 
-    Right where no scale is beyond the SPREAD. tables_smem: int32 [64, TABLE_WORDS], of one warpgroup alone.
+    Right where no scale is beyond the SPREAD. tables_smem: int32 [64, TABLE_WORDS], of one warpgroup alone. scale_smem:
+    UE8M0 uint8 [64, 16].
     """
+    word = _load_words(scale_smem)
     top = _over_groups(jnp.maximum, word)
     below = [_code(word, group) - top for group in range(GROUPS)]
     tables = [Table(*(first + d * one for first, one in zip(_TABLE, _EXPONENTS, strict=True))) for d in below]
     _store_tables(tables_smem, tables, scale_bits(top))
 
 
-def store_tables_of_one(tables_smem: Any, word: jax.Array, group: jax.Array) -> None:
+def store_tables_of_one(tables_smem: Any, scale_smem: Any, group: jax.Array) -> None:
     """Zeros for all groups of four blocks but one, int32 [], whose scale is that of the block then."""
 
     def of(other: int, values: int) -> jax.Array:
@@ -102,7 +105,7 @@ def store_tables_of_one(tables_smem: Any, word: jax.Array, group: jax.Array) -> 
         return plgpu.layout_cast(jnp.full((ROWS, BLOCKS), chosen, jnp.int32), registers.EACH_BLOCK)
 
     tables = [Table(*(of(other, values) for values in _TABLE)) for other in range(GROUPS)]
-    _store_tables(tables_smem, tables, scale_bits(_code(word, group)))
+    _store_tables(tables_smem, tables, scale_bits(_code(_load_words(scale_smem), group)))
 
 
 def _store_tables(tables_smem: Any, tables: Sequence[Table], bits: jax.Array) -> None:

@@ -99,12 +99,12 @@ def any_beyond(_ctx: Any, spreads: mgpu.FragmentedArray) -> mgpu.FragmentedArray
     return mgpu.FragmentedArray.splat(answer, (), is_signed=True)
 
 
-def load_words(_ctx: Any, scales: ir.Value) -> mgpu.FragmentedArray:
-    layout, row_bytes = EACH_BLOCK.to_mgpu(), ir.MemRefType(scales.type).get_strides_and_offset()[0][0]
+def load_words(_ctx: Any, scale_smem: ir.Value) -> mgpu.FragmentedArray:
+    layout = EACH_BLOCK.to_mgpu()
     registers = np.empty(layout.registers_shape((ROWS, BLOCKS)), dtype=object)
     for at, (row, block) in zip(np.ndindex(*registers.shape), layout.thread_idxs((ROWS, BLOCKS)), strict=True):
-        start = _at((row, row_bytes), (block, WORD))
-        registers[at] = llvm.load(_words(1), _address(scales, start), alignment=WORD)
+        start = _at((row, BLOCKS * WORD), (block, WORD))
+        registers[at] = llvm.load(_words(1), _address(scale_smem, start), alignment=WORD)
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
 

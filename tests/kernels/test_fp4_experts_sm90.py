@@ -73,9 +73,8 @@ def gated(gate, up, factor):
     [  # buffers are used again: within a tile, and from tile to tile
         (8, 1024, Mxfp4Rows(4, 1, 1), NEAR),
         (16, 512, Mxfp4Rows(2, 3, 1), FAR),
-        (72, 512, Mxfp4Rows(1, 3, 2, in_turn=True), NEAR),
-        (8, 512, Mxfp4Rows(2, 2, 2, in_turn=True), FAR),
-        (8, 512, Mxfp4Rows(2, 2, 1, parts=2), NEAR),
+        (72, 512, Mxfp4Rows(1, 3, 2), NEAR),
+        (40, 512, Mxfp4Rows(2, 2, 1, parts=2), FAR),
     ],
 )
 def test_two_weights_of_experts(rows, k, tiling, spread):
@@ -243,9 +242,9 @@ def test_tilings():
     assert "multiples of [64, 512]" in mxfp4_reason(Mxfp4Rows(1, 2, 1), Problem(8, 64, 256, rows=8))
     assert "at most 256" in mxfp4_reason(Mxfp4Rows(1, 2, 1), Problem(12, 64, 512, rows=12))
     assert "shared memory" in mxfp4_reason(Mxfp4Rows(4, 8, 2), Problem(8, 128, 512, rows=8))
-    assert default_mxfp4(Problem(112, 512, 512, rows=112)) == Mxfp4Rows(1, 5, 2, parts=2, in_turn=True)
-    assert default_mxfp4(Problem(112, 512, 512, 2, rows=112)) == Mxfp4Rows(1, 5, 2, in_turn=True)
-    for wrong in ({"blocks": 3}, {"warpgroups": 5}, {"warpgroups": 1, "in_turn": True}):
+    assert default_mxfp4(Problem(112, 512, 512, rows=112)) == Mxfp4Rows(1, 4, 2, parts=2)
+    assert default_mxfp4(Problem(112, 512, 512, 2, rows=112)) == Mxfp4Rows(1, 4, 2)
+    for wrong in ({"blocks": 3}, {"warpgroups": 5}):
         with pytest.raises(ValueError, match="Mxfp4Rows"):
             Mxfp4Rows(**wrong)
 

@@ -33,8 +33,8 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.mosaic.scales import scale_product

@@ -29,7 +29,7 @@ ports with the other's wgmma, where the tensor cores need 256 for each; and 700 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -40,6 +40,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.scales_sm90 import TileScales, factor, of_word
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import ManyRows
@@ -48,13 +49,6 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.scale_words import BYTES
 
 REGISTERS = 232  # of a thread of a consumer
-
-
-class RowBlocks(NamedTuple):
-    """Rows in blocks of one expert each: expert int32 [most blocks], real int32 [1] of them hold rows."""
-
-    expert: jax.Array
-    real: jax.Array
 
 
 def matmul(

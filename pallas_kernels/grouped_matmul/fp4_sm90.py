@@ -40,8 +40,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, produce, swizzled
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
+from pallas_kernels.block_matmul.kernel_sm90 import many_rows
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.grouped_matmul.combine_sm90 import combine

@@ -9,8 +9,8 @@ import pytest
 
 from pallas_kernels.bench import expert_layer, mxfp4
 from pallas_kernels.bench.case import disagreement
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.problem import Problem
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import experts, tilings
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase

@@ -20,10 +20,13 @@ def write_ring(
     ring: Shaped[Array, "B slots w"], rows: Shaped[Array, "B T w"], start: Int[Array, " B"], count: Int[Array, " B"]
 ) -> Shaped[Array, "B slots w"]:
     """Puts the first `count` of `rows` at positions start.. in the ring's dtype; of more than fit, the last stay."""
-    slots, tokens = ring.shape[1], rows.shape[1]
-    token = jnp.arange(tokens)[None]
-    kept = (token < count[:, None]) & (token >= count[:, None] - slots)
-    slot = jnp.where(kept, (start[:, None] + token) % slots, slots + token)
+    slots = ring.shape[1]
+    if rows.shape[1] > slots:  # only the last are moved
+        first = jnp.maximum(count - slots, 0)
+        rows = jnp.take_along_axis(rows, (first[:, None] + jnp.arange(slots)[None])[..., None], axis=1)
+        start, count = start + first, count - first
+    token = jnp.arange(rows.shape[1])[None]
+    slot = jnp.where(token < count[:, None], (start[:, None] + token) % slots, slots + token)
     return put_rows(ring, slot, rows.astype(ring.dtype))
 
 

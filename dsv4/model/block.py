@@ -14,6 +14,7 @@ from dsv4.model.layers import RMSNorm
 from dsv4.model.moe import MoE, MoETrace
 from dsv4.model.residual import connect, declare_hyper
 from dsv4.parameters import SpecTree
+from pallas_kernels.quant import QuantTensor
 
 
 class LayerTrace(NamedTuple):
@@ -48,12 +49,14 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None, LayerTrace]:
         """streams [B, T, n, D] of tokens ids [B, T]; start, count and cache as in `Attention`."""
 
-        def attend(x: jax.Array) -> tuple[jax.Array, tuple[LayerCache | None, AttentionTrace]]:
-            out, new_cache, trace = self.attn(x, start, count, cache, attend_all=attend_all)
+        def attend(
+            x: jax.Array, codes: QuantTensor | None
+        ) -> tuple[jax.Array, tuple[LayerCache | None, AttentionTrace]]:
+            out, new_cache, trace = self.attn(x, start, count, cache, codes=codes, attend_all=attend_all)
             return out, (new_cache, trace)
 
-        def mix_experts(x: jax.Array) -> tuple[jax.Array, MoETrace | None]:
-            return self.ffn(x, ids)
+        def mix_experts(x: jax.Array, codes: QuantTensor | None) -> tuple[jax.Array, MoETrace | None]:
+            return self.ffn(x, ids, codes)
 
         with jax.named_scope("attention"):
             streams, attn_out, (cache, attention) = connect(

@@ -13,6 +13,7 @@ from dsv4.parameters import FLOAT32_CLASSES, Spec, SpecTree
 from pallas_kernels.block_matmul import matmul
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.quant import QuantTensor
 
 
 class Buffer(nnx.Variable):
@@ -35,7 +36,7 @@ def read(variable: nnx.Variable) -> Any:
 
 
 class Linear(nnx.Module):
-    """x @ weight.T with weight [out, in], plain or quantised."""
+    """x @ weight.T with weight [out, in], plain or quantised; keywords are those of `matmul`."""
 
     def __init__(self, specs: SpecTree):
         self.weight = declare(specs["weight"])
@@ -45,12 +46,13 @@ class Linear(nnx.Module):
         x: jax.Array,
         *,
         activations: QuantFormat | None = None,
+        codes: QuantTensor | None = None,
         out_dtype: DTypeLike | None = None,
         batch_invariant: bool = False,
         implementation: str = "auto",
     ) -> jax.Array:
         how: dict[str, Any] = {"batch_invariant": batch_invariant, "implementation": implementation}
-        return matmul(x, read(self.weight), activations=activations, out_dtype=out_dtype, **how)
+        return matmul(x, read(self.weight), activations=activations, codes=codes, out_dtype=out_dtype, **how)
 
 
 class RMSNorm(nnx.Module):

@@ -12,6 +12,8 @@ from dsv4.config import Execution, ModelConfig
 from dsv4.model.layers import RMSNorm, declare, read
 from dsv4.parameters import SpecTree
 from pallas_kernels import hyper_connection
+from pallas_kernels.formats import FP8_GROUP
+from pallas_kernels.quant import QuantTensor
 
 
 def declare_hyper(module: nnx.Module, specs: SpecTree, part: str) -> None:
@@ -32,21 +34,31 @@ def connect(
     part: str,
     norm: RMSNorm,
     streams: jax.Array,
-    sublayer: Callable[[jax.Array], tuple[jax.Array, Any]],
+    sublayer: Callable[[jax.Array, QuantTensor | None], tuple[jax.Array, Any]],
     config: ModelConfig,
     execution: Execution,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """streams [B, T, n, D] through one sub-layer: (new streams, the sub-layer's output, whatever else it returned)."""
+    """streams [B, T, n, D] through one sub-layer: (new streams, the sub-layer's output, whatever else it returned).
+
+    The sub-layer is given its input [B, T, D], and that as codes [B * T, D] where they are at hand.
+    """
     residual = config.residual
     if residual.kind == "plain":
-        out, extra = sublayer(norm(streams[..., 0, :]))
+        out, extra = sublayer(norm(streams[..., 0, :]), None)
         return streams + out[..., None, :], out, extra
-    x, mix = hyper_connection.pre(
-        streams, *_coefficients(module, part), read(norm.weight),
-        iterations=residual.sinkhorn_iterations, eps=residual.eps, norm_eps=config.norm_eps,
-        implementation=execution.implementation,
-    )  # fmt: skip
-    out, extra = sublayer(x)
+    arguments = streams, *_coefficients(module, part), read(norm.weight)
+    how: dict[str, Any] = {
+        "iterations": residual.sinkhorn_iterations,
+        "eps": residual.eps,
+        "norm_eps": config.norm_eps,
+        "implementation": execution.implementation,
+    }
+    codes = None
+    if execution.activations == FP8_GROUP:
+        x, codes, mix = hyper_connection.pre_quantize_rows(*arguments, **how)
+    else:
+        x, mix = hyper_connection.pre(*arguments, **how)
+    out, extra = sublayer(x, codes)
     return hyper_connection.post(streams, out, mix, implementation=execution.implementation), out, extra
 
 

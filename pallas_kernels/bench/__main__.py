@@ -6,9 +6,13 @@
   python -m pallas_kernels.bench --markdown FILE ...                                  a table for the README
 
 Times are medians of kernel durations on the device (CUPTI), over input sets that overflow the L2 cache; "limit" is
-bytes over 3.35 TB/s or FLOPs over the data sheet's rate, whichever takes longer. Every result of ours is compared with
-a float32 reference first. A row of FILE is written as soon as it is measured, and what FILE has is not measured again:
-the same command resumes a run that was stopped. Without a GPU the cases are listed and nothing is timed.
+bytes or FLOPs over the data sheet's rate (an H100's: 3.35 TB/s; an H200's: 4.8), whichever takes longer. Every result
+of ours is compared with a float32 reference first. A row of FILE is written as soon as it is measured, and what FILE
+has is not measured again: the same command resumes a run that was stopped. Without a GPU the cases are listed and
+nothing is timed.
+
+Most of a run is compilation. With many cores, several parts of it at once, which take turns at the device:
+  for i in $(seq 8); do python -m pallas_kernels.bench --part $i/8 --lock bench.lock --json rows$i.jsonl & done; wait
 """
 
 from __future__ import annotations
@@ -62,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         known = results.mend(args.json) if args.json else []
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    cases = [case for op in args.ops or OPS for case in benches(op) if args.only in case.name]
+    part, parts = args.part
+    cases = [case for op in args.ops or OPS for case in benches(op) if args.only in case.name][part - 1 :: parts]
     if jax.default_backend() != "gpu":
         for case in cases:
             print(f"{case.op}  {case.name}  limit {case.limit:.1f} us")
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
     wanted = set(beside(others, args.peers))
     finished = {row_identity(row) for row in known if wanted <= set(row.get("beside", ()))}
-    how = {"tuning": args.tune, "others": others, "peers": args.peers}
+    how = {"tuning": args.tune, "others": others, "peers": args.peers, "lock": args.lock}
     try:
         for case in cases:
             for row in rows(case, **how, finished=finished, stuck=stuck):
@@ -111,10 +116,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="appends a JSON line a result; resumes")
     parser.add_argument("--ours", action="store_true", help="neither XLA nor the peer is timed")
     parser.add_argument("--tune", action="store_true", help="tries every tiling of ours, and neither XLA nor the peer")
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th case from the I-th on")
+    parser.add_argument("--lock", type=Path, metavar="FILE", help="takes turns with others that name the same file")
     made = parser.add_mutually_exclusive_group()
     made.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="makes tiling_h100.json of results")
     made.add_argument("--markdown", type=Path, nargs="+", metavar="FILE", help="prints results as a table")
     return parser
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 0 < int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: 2/8 is the second of eight")
+    return int(part), int(parts)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,11 @@ SMALL = (
     ManyRows(128, 128, 6, "rows", blocks=2, in_flight=2),
     ManyRows(64, 256, 4, "columns", blocks=2, in_flight=2),
     ManyRows(128, 128, 4, "rows", shares=2),
-    ManyRows(64, 128, 6, "columns", blocks=2, in_flight=2, shares=2),
+    *(
+        dataclasses.replace(tile, blocks=2, in_flight=2, shares=shares)
+        for tile in (ManyRows(128, 64, 6, "rows"), ManyRows(64, 128, 6, "columns"))
+        for shares in (2, 4)
+    ),
 )
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.block_matmul.tilings import Problem
 
-# An H100 SXM as its data sheet has it.
-BYTES_PER_SECOND = 3.35e12
+# Of SXM parts as their data sheets have them, which differ in memory alone.
+BYTES_PER_SECOND = {"H100": 3.35e12, "H200": 4.8e12}
 FLOPS_PER_SECOND = {"fp8": 1979e12, "bf16": 989e12, "int8": 1979e12}
 
 
@@ -99,7 +99,15 @@ class Bench:
 
     @property
     def _seconds(self) -> dict[str, float]:
-        return {"bytes": self.nbytes / BYTES_PER_SECOND, "flops": self.flops / FLOPS_PER_SECOND[self.unit]}
+        device = jax.devices()[0].device_kind
+        bandwidth = next((rate for name, rate in BYTES_PER_SECOND.items() if name in device), BYTES_PER_SECOND["H100"])
+        return {"bytes": self.nbytes / bandwidth, "flops": self.flops / FLOPS_PER_SECOND[self.unit]}
+
+    def shapes(self) -> Any:
+        """Of an input set."""
+        key = jax.random.key(0)
+        made = jax.eval_shape(self.inputs, key)
+        return made if self.shared is None else (made, jax.eval_shape(self.shared, key))
 
     def sets(self, count: int) -> list[Any]:
         """Input sets with values of their own, on the device."""

@@ -19,7 +19,8 @@ from pallas_kernels.bench.block_matmul import few_rows_tilings, many_rows_tiling
 from pallas_kernels.bench.case import Bench, Choice
 from pallas_kernels.bench.operands import weights_of
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
+from pallas_kernels.block_matmul.kernel_sm90 import many_rows
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import Problem
 from pallas_kernels.grouped_matmul import tilings

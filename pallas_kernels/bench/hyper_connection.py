@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.bench.case import Bench, disagreement
+from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.hyper_connection import kernel_sm90, post_sm90, reference
 from pallas_kernels.hyper_connection.cases import BENCH, HyperCase
 from pallas_kernels.hyper_connection.reference import Mix
-from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, STREAMS, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.tiling import CHUNK, GROUP, MIXED, STREAMS, PreTiling, default_tiling
 from pallas_kernels.mosaic.launch import sm_count
 
 HOW: dict[str, Any] = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
@@ -24,20 +25,26 @@ Result = tuple[jax.Array, Mix]
 def benches() -> Iterator[Bench]:
     for case in BENCH:
         yield bench_pre(case)
+        yield bench_pre(case, FP8_GROUP)
         yield bench_post(case)
 
 
-def bench_pre(case: HyperCase) -> Bench:
+def bench_pre(case: HyperCase, form: QuantFormat | None = None) -> Bench:
+    """form: of x's codes, which are made with it; the tests look at them."""
+    codes = 0 if form is None else case.m * (case.width + case.width // CHUNK)
     return Bench(
         op="hyper_connection",
-        name=f"pre {case.name}",
+        name=f"pre{'' if form is None else ' and codes'} {case.name}",
         inputs=functools.partial(inputs, case),
         shared=functools.partial(parameters, case),
-        ours={str(tiling): functools.partial(run_pre, tiling) for tiling in tilings(case)},
-        xla={"reference": plain_pre},
+        ours={str(tiling): functools.partial(run_pre, tiling, form) for tiling in tilings(case)},
+        xla={"reference": functools.partial(plain_pre, form)},
         reference=exact_pre,
         judge=difference,
-        nbytes=case.m * (2 * (STREAMS + 1) * case.width + 4 * (MIXED - STREAMS)) + 4 * MIXED * STREAMS * case.width,
+        part=lambda result: result[:2],
+        nbytes=case.m * (2 * (STREAMS + 1) * case.width + 4 * (MIXED - STREAMS))
+        + 4 * MIXED * STREAMS * case.width
+        + codes,
         flops=2 * case.m * MIXED * STREAMS * case.width,
         unit="bf16",
         peer=("hc", case.m, STREAMS * case.width),
@@ -88,16 +95,16 @@ def post_inputs(case: HyperCase, key: jax.Array) -> tuple[jax.Array, jax.Array, 
     return inputs(case, of_streams), out, Mix(mix[..., 0], mix[..., 1:])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_pre(tiling: PreTiling, form: QuantFormat | None, sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Any:
+    streams, (fn, base, scale, norm_weight) = sets
+    return kernel_sm90.pre(streams, fn, base, scale, norm_weight, **HOW, form=form, tiling=tiling)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def run_pre(tiling: PreTiling, sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Result:
+def plain_pre(form: QuantFormat | None, sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Any:
     streams, (fn, base, scale, norm_weight) = sets
-    return kernel_sm90.pre(streams, fn, base, scale, norm_weight, **HOW, tiling=tiling)
-
-
-@jax.jit
-def plain_pre(sets: tuple[jax.Array, tuple[jax.Array, ...]]) -> Result:
-    streams, (fn, base, scale, norm_weight) = sets
-    return reference.pre(streams, fn, base, scale, norm_weight, **HOW)
+    return reference.pre(streams, fn, base, scale, norm_weight, **HOW, form=form)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Benchmarks of indexer scores: FP8 keys in pages that a table names in random order, all of them wanted."""
+"""Benchmarks of indexer scores: keys in pages that a table names in random order, all of them wanted."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pallas_kernels.bench.case import Bench
 from pallas_kernels.index_scores import reference, sm90
 from pallas_kernels.index_scores.cases import BENCH, ScoreCase
 from pallas_kernels.quant import Pages, Rows, encode_rows
-from pallas_kernels.quant.pages import unpack_pages
+from pallas_kernels.quant.pages import page_layout, unpack_pages
 from pallas_kernels.row_format import index_format
 
-FP8 = index_format("fp8")
 CHECKED = 4  # tokens of each sequence whose scores are checked: the first ones
 
 
@@ -33,7 +32,7 @@ def benches() -> Iterator[Bench]:
 
 def bench(case: ScoreCase) -> Bench:
     keys, pairs = case.batch * case.entries, case.batch * case.tokens * case.entries
-    queries = case.batch * case.tokens * case.heads
+    queries, stored = case.batch * case.tokens * case.heads, index_format(case.keys).nbytes(case.width)
     return Bench(
         op="index_scores",
         name=case.name,
@@ -42,27 +41,32 @@ def bench(case: ScoreCase) -> Bench:
         xla={"bf16": jax.jit(functools.partial(plain, case, case.tokens, jnp.bfloat16))},
         reference=jax.jit(functools.partial(plain, case, CHECKED, jnp.float32)),
         part=lambda scores: jnp.swapaxes(scores, 0, 1),
-        nbytes=keys * (case.width + 4) + 4 * pairs + queries * (case.width + 8),
+        nbytes=keys * stored + 4 * pairs + queries * (stored + 4),
         flops=2 * pairs * case.heads * case.width,
         peer=("index", case.batch, case.tokens, case.entries, case.heads, case.width, case.page)
-        if case.tokens <= 2 and (case.heads, case.width) == (64, 128)
+        if case.tokens <= 2 and (case.heads, case.width, case.keys) == (64, 128, "fp8")
         else None,
         shape={"batch": case.batch, "tokens": case.tokens, "entries": case.entries, "heads": case.heads},
     )
 
 
 def inputs(case: ScoreCase, key: jax.Array) -> Operands:
-    """Codes that any byte without its highest exponent bit is, none of them NaN, and scales of 2^-4 to 2^3."""
+    """Random codes and scales, none of them NaN: FP8 scales of 2^-4 to 2^3, FP4 ones of 2^-2 to 2."""
     of_q, of_codes, of_scales, of_table, of_weights = jax.random.split(key, 5)
-    pages = case.batch * case.entries // case.page
-    codes = jax.random.bits(of_codes, (pages, case.page * case.width), jnp.uint8) & 0xBF
-    scales = jnp.exp2(jax.random.randint(of_scales, (pages, case.page), -4, 4).astype(jnp.float32))
-    planes = codes, jax.lax.bitcast_convert_type(scales, jnp.uint8).reshape(pages, -1)
+    form, pages = index_format(case.keys), case.batch * case.entries // case.page
+    data, _ = page_layout(form, case.width)
+    codes = jax.random.bits(of_codes, (pages, case.page * data), jnp.uint8)
+    exponents = jax.random.randint(of_scales, (pages, case.page, form.scales(case.width)), -4, 4)
+    if case.keys == "fp4":
+        scales = (127 + exponents // 2).astype(jnp.uint8)
+    else:
+        codes = codes & 0xBF  # any byte without its highest exponent bit
+        scales = jax.lax.bitcast_convert_type(jnp.exp2(exponents.astype(jnp.float32)), jnp.uint8)
     table = jax.random.permutation(of_table, pages).astype(jnp.int32).reshape(case.batch, -1)
     q = jax.random.normal(of_q, (case.batch, case.tokens, case.heads, case.width))
     return Operands(
-        encode_rows(q, FP8),
-        Pages(jnp.concatenate(planes, axis=1), table, FP8, case.width, case.page),
+        encode_rows(q, form),
+        Pages(jnp.concatenate([codes, scales.reshape(pages, -1)], axis=1), table, form, case.width, case.page),
         jax.random.normal(of_weights, (case.batch, case.tokens, case.heads)),
         jnp.full((case.batch, case.tokens), case.entries, jnp.int32),
     )
@@ -75,7 +79,7 @@ def run(sets: Operands) -> jax.Array:
 
 def plain(case: ScoreCase, tokens: int, dtype: jnp.dtype, sets: Operands) -> jax.Array:
     """Scores [tokens, B, C] of the first tokens by the reference, products in `dtype`."""
-    rows = unpack_pages(sets.keys.pool[sets.keys.table], FP8, case.width, case.page)
+    rows = unpack_pages(sets.keys.pool[sets.keys.table], index_format(case.keys), case.width, case.page)
     q = jax.tree.map(lambda leaf: leaf[:, :tokens], sets.q)
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         scores = reference.index_scores(q, rows, sets.weights[:, :tokens].astype(dtype))

@@ -15,6 +15,7 @@ import jax
 
 from pallas_kernels.bench.case import Bench
 from pallas_kernels.bench.timing import input_sets, microseconds, timed_calls
+from pallas_kernels.bench.turns import compiled, turn
 
 Row = dict[str, Any]
 PATIENCE = 120  # seconds for an implementation, compilation included
@@ -46,6 +47,7 @@ def rows(
     peers: Path | None,
     finished: set[tuple[Any, ...]],
     stuck: Callable[[Row], None],
+    lock: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a case that are not `finished`: of every implementation if `tuning`, else of the usual one.
 
@@ -53,6 +55,7 @@ def rows(
     has its reason in place of a time.
     stuck: called from another thread, with the row, when an implementation takes PATIENCE seconds: a kernel that waits
     for ever cannot be stopped but with the process.
+    lock: of `turns.turn`. What makes inputs is compiled while it is held, everything else before.
     Raises DeviceLost, behind the row of the implementation that lost it.
     """
     device = jax.devices()[0].device_kind
@@ -61,7 +64,31 @@ def rows(
     if not names:
         return
     assert not (tuning and others), "one figure of XLA and the peer is enough"
-    row = functools.partial(_row, case, tuning, beside(others, peers))
+    if lock is not None:
+        case = _compiled(case, names, others)
+        if others and peers is not None and case.peer is not None:
+            _peer(peers, case)  # compiles what it needs when it first runs
+    who = beside(others, peers)
+    with turn(lock):
+        yield from _measured(case, names, functools.partial(_row, case, tuning, who), who, peers, stuck)
+
+
+def _compiled(case: Bench, names: list[str | None], others: bool) -> Bench:
+    """The case, ready to run."""
+    shapes = case.shapes()
+    ours = {name: compiled(run, shapes) if name in names else run for name, run in case.ours.items()}
+    xla = {name: compiled(run, shapes) for name, run in case.xla.items()} if others else case.xla
+    return dataclasses.replace(case, ours=ours, xla=xla, reference=compiled(case.reference, shapes))
+
+
+def _measured(
+    case: Bench,
+    names: list[str | None],
+    row: Callable[..., Row],
+    beside: list[str],
+    peers: Path | None,
+    stuck: Callable[[Row], None],
+) -> Iterator[Row]:
     try:
         sets = case.sets(input_sets(case.nbytes))
         want = jax.block_until_ready(case.reference(sets[0]))
@@ -70,13 +97,13 @@ def rows(
             yield row(name, f"inputs: {_reason(error)}", {}, None, 0)
         return
     calls = timed_calls(len(sets))
-    xla = {name: _timed(run, sets) for name, run in case.xla.items()} if others else {}
+    xla = {name: _timed(run, sets) for name, run in case.xla.items()} if "xla" in beside else {}
     peer = None
     for name in names:
         with _watched(lambda: stuck(row(name, f"stuck for {PATIENCE} s", xla, None, calls))):  # noqa: B023
             time = _ours(case, name, sets, want)
         lost = isinstance(time, str) and not _alive()
-        if others and peers is not None and case.peer is not None and not lost:
+        if peers is not None and "peer" in beside and case.peer is not None and not lost:
             sets.clear()  # there is one name only, and the peer's framework needs the memory
             peer = _peer(peers, case)
         yield row(name, time, xla, peer, calls)

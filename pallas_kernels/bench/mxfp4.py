@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,16 @@ from pallas_kernels.block_matmul.tilings import Problem
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.cases import MXFP4_BENCH, GroupedCase
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
-from pallas_kernels.grouped_matmul.tiling import MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
+from pallas_kernels.grouped_matmul.rows_sm90 import arranged
+from pallas_kernels.grouped_matmul.tiling import AHEAD, MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
 from pallas_kernels.mosaic.scales import scale_bytes
+
+
+class Inputs(NamedTuple):
+    """Rows, and by rows of a block their codes and scales as the kernel takes them."""
+
+    made: Rows
+    arranged: dict[int, tuple[jax.Array, jax.Array]]
 
 
 def benches() -> Iterator[Bench]:
@@ -31,7 +40,7 @@ def bench(case: GroupedCase) -> Bench:
     return Bench(
         op="grouped_matmul",
         name=case.name,
-        inputs=functools.partial(grouped_matmul.inputs, case),
+        inputs=functools.partial(inputs, case),
         shared=functools.partial(mxfp4_weights_of, (case.experts, case.n, case.k), case.weights),
         ours={name: functools.partial(run, *way) for name, way in ways.items()},
         choices={
@@ -39,7 +48,7 @@ def bench(case: GroupedCase) -> Bench:
             for name, (rows, tiling) in ways.items()
         },
         xla={},
-        reference=functools.partial(grouped_matmul.reference, case),
+        reference=functools.partial(reference, case),
         part=functools.partial(grouped_matmul.checked_rows, case),
         nbytes=case.hit * (case.weights * per_weight * 17 // 32 + case.rows * (case.k + 2 * case.n)),
         flops=2 * m * per_weight * case.weights,
@@ -54,17 +63,26 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
     problem = Problem(m, case.n, case.k, case.weights, case.experts, rows)
     if found := tilings.mxfp4_tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows):
         yield found
-    for warpgroups in (1, 2, 4):
-        for blocks in STAGE_BLOCKS:
-            tried = (Mxfp4Rows(blocks, stages, warpgroups) for stages in range(MOST_STAGES, 1, -1))
-            yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
+    many = rows * case.weights > AHEAD
+    for warpgroups, parts, blocks in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS):
+        tried = (Mxfp4Rows(blocks, stages, warpgroups, parts) for stages in range(MOST_STAGES, 1, -1))
+        yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
+
+
+def inputs(case: GroupedCase, key: jax.Array) -> Inputs:
+    made = grouped_matmul.inputs(case, key)
+    return Inputs(made, {rows: arranged(x.values, scale_bytes(x.scale), rows) for rows, x in made.x.items()})
+
+
+def reference(case: GroupedCase, sets: tuple[Inputs, Any]) -> jax.Array:
+    return grouped_matmul.reference(case, (sets[0].made, sets[1]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run(rows: int, tiling: Mxfp4Rows, sets: tuple[Rows, Any]) -> jax.Array:
-    made, weights = sets
+def run(rows: int, tiling: Mxfp4Rows, sets: tuple[Inputs, Any]) -> jax.Array:
+    (made, of_blocks), weights = sets
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how: dict[str, Any] = {"rows": rows, "out_dtype": jnp.bfloat16, "row_blocks": made.blocks[rows]}
     if len(weights) == 2:
         how |= {"factors": made.factors[rows], "epilogue": functools.partial(grouped_matmul.gated, True)}
-    return expert_rows(made.x[rows].values, made.tokens_last[rows], pairs, tiling, **how)
+    return expert_rows(*of_blocks[rows], pairs, tiling, **how)

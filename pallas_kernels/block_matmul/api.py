@@ -39,6 +39,7 @@ def matmul(
     w: Float[Array, "O I"] | QuantTensor | TreatedWeight | ObservedWeight,
     *,
     activations: QuantFormat | None = None,
+    codes: QuantTensor | None = None,
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
     implementation: str = "auto",
@@ -46,11 +47,12 @@ def matmul(
     """x @ w.T, accumulated in float32, in `out_dtype` (default: x's). A quantised w is dequantised per call.
 
     activations: the format x is rounded to where w is quantised, None to leave it; tiles of one row. Where x has
-    fewer channels than a tile, a tile is the whole row. batch_invariant: the bits of a row depend on it and on w alone,
-    neither on the other rows nor on their number; implementations that cannot promise it refuse.
+    fewer channels than a tile, a tile is the whole row. codes: `quantize(x)`, [rows, I], where it is known already: it
+    is not made again if its format is `activations`, and changes nothing. batch_invariant: the bits of a row depend on
+    it and on w alone, neither on the other rows nor on their number; implementations that cannot promise it refuse.
     """
     how: dict[str, Any] = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
-    return MATMUL(x, shown(x, w), **how, implementation=implementation)
+    return MATMUL(x, shown(x, w), codes=codes, **how, implementation=implementation)
 
 
 @typed

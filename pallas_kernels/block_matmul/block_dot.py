@@ -27,10 +27,11 @@ def unsupported_reason(
     w: Any,
     *,
     activations: QuantFormat | None = None,
+    codes: QuantTensor | None = None,
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
 ) -> str | None:
-    del out_dtype
+    del codes, out_dtype
     if batch_invariant:
         return ORDER
     if reason := operands_unsupported_reason(w, activations):
@@ -49,11 +50,12 @@ def matmul(
     w: Any,
     *,
     activations: QuantFormat | None = None,
+    codes: QuantTensor | None = None,
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
 ) -> jax.Array:
     assert not batch_invariant, "unsupported_reason refuses it"
-    return multiply(_dot, x, w, activations, out_dtype)
+    return multiply(_dot, x, w, activations, codes, out_dtype)
 
 
 def _widths(x: QuantFormat, w: QuantFormat, columns: int) -> set[int]:

@@ -25,6 +25,7 @@ def multiply(
     x: jax.Array,
     w: Any,
     activations: QuantFormat | None,
+    codes: QuantTensor | None,
     out_dtype: DTypeLike | None,
 ) -> jax.Array:
     """The reference's result by `dot`, which gives float32 [rows, O] for codes [rows, I] and [O, I].
@@ -32,23 +33,32 @@ def multiply(
     Scales multiply float32 sums, where the reference first rounds each dequantised operand to x's dtype. The gradient
     to x is that of the reference with x unrounded.
     """
-    smooth = functools.partial(reference.matmul, out_dtype=out_dtype)
-    return straight_through(functools.partial(_multiply, dot, activations=activations, out_dtype=out_dtype), smooth)(
-        x, w
-    )
+    run = functools.partial(_multiply, dot, activations=activations, out_dtype=out_dtype)
+    return straight_through(run, functools.partial(smooth, out_dtype=out_dtype))(x, (w, codes))
+
+
+def smooth(x: jax.Array, constants: Any, out_dtype: DTypeLike | None) -> jax.Array:
+    """The product whose gradient those of codes have: by the weight, of x as it is."""
+    return reference.matmul(x, constants[0], out_dtype=out_dtype)
+
+
+def input_codes(treated: jax.Array, x: jax.Array, w: Any, activations: QuantFormat, known: Any) -> QuantTensor:
+    """The codes of a weight's input, of which `known` are those of x, as it was before the weight's treatment."""
+    return quantize_input(treated, activations, static_scale(w), known if treated is x else None)
 
 
 def _multiply(
     dot: Callable[[QuantTensor, QuantTensor], jax.Array],
     x: jax.Array,
-    w: Any,
+    constants: Any,
     *,
     activations: QuantFormat | None,
     out_dtype: DTypeLike | None,
 ) -> jax.Array:
     assert activations is not None, "unsupported_reason refuses inputs that stay unrounded"
+    w, codes = constants
     treated, weight, kept = treat(x, w, None)
-    y = dot(quantize_input(treated, activations, static_scale(w)), weight).reshape(*x.shape[:-1], -1)
+    y = dot(input_codes(treated, x, w, activations, codes), weight).reshape(*x.shape[:-1], -1)
     if kept is not None:
         assert isinstance(w, TreatedWeight)
         y = y + times(kept, w.columns.astype(x.dtype), precision(x.dtype, out_dtype))

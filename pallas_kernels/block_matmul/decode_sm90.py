@@ -33,8 +33,8 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.mosaic.scales import scale_product
@@ -73,17 +73,19 @@ def few_rows(
     """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
 
     weights: pairs of codes [N, K], all of one type, and scales [N/128, K/128], or [N] where x_scale is [M]; with a
-    leading expert axis where `row_blocks` is given; blocks that are not real are not written. factors float32 [M]: for
-    the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows] of its
-    tokens (None without).
+    leading expert axis where `row_blocks` is given, which may share their one block of x; blocks that are not real are
+    not written. factors float32 [M], or [M / rows] of whole blocks: for the epilogue, which gets the float32 sums
+    [64, rows] of each weight (tokens last) and the factors [rows] of its tokens (None without).
     """
-    (m, k), n = x.shape, weights[0][0].shape[-2]
+    k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert) if row_blocks else len(x)
     stages, warpgroups, blocks = tiling.stages, tiling.warpgroups, tiling.blocks
     rows_each, depth, count = WGMMA_ROWS * warpgroups, blocks * BLOCK, len(weights)
     tiles, steps = n // rows_each, k // depth // tiling.shares  # of a thread block
     launched = clusters(tiling.shares, tiles * (m // rows))
     shares = Shares(tiling.shares, count, WGMMA_ROWS, rows, warpgroups, launched)
     once = x_scale.ndim == 1  # scales multiply finished sums
+    shared, of_blocks = len(x) < m, factors is not None and len(factors) < m
+    assert len(x) in (m, rows), f"{len(x)} rows for {m // rows} blocks of {rows}"
     assert (m % rows, rows % 8, n % rows_each, k % (depth * tiling.shares)) == (0, 0, 0, 0), (
         f"{(m, rows, n, k)} in tiles of {tiling}"
     )
@@ -107,21 +109,31 @@ def few_rows(
         # Row blocks are the inner index: those that share a weight tile run together, and read it from the L2 cache.
         loop = {"grid": (tiles, row_block_count), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
-        def of_expert(gmem, block):
-            return gmem if expert_gmem is None else gmem.at[expert_gmem[block]]
+        def of_block(block):
+            """Weights and their scales of a block's expert."""
+            if expert_gmem is None:
+                return w_gmems, w_scale_gmems
+            expert = expert_gmem[block]
+            return tuple([gmem.at[expert] for gmem in gmems] for gmems in (w_gmems, w_scale_gmems))
+
+        def tokens_of(block):
+            return pl.ds(0 if shared else block * rows, rows)
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
-            def copy(info, i, slot):
+            def of_tile(info):
                 tile, block = info.index
-                rows_gmem, columns = pl.ds(tile * rows_each, rows_each), pl.ds((first_step + i) * depth, depth)
-                for j, w_gmem in enumerate(w_gmems):
-                    source = of_expert(w_gmem, block).at[rows_gmem, columns]
-                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
-                tokens = pl.ds(block * rows, rows)
-                plgpu.copy_gmem_to_smem(x_gmem.at[tokens, columns], x_smem.at[slot], filled.at[slot])
+                return tile, block, of_block(block)[0]
 
-            produce(loop, steps, stages, free, copy)
+            def copy(found, i, slot):
+                tile, block, weights_gmem = found
+                rows_gmem, columns = pl.ds(tile * rows_each, rows_each), pl.ds((first_step + i) * depth, depth)
+                for j, w_gmem in enumerate(weights_gmem):
+                    source = w_gmem.at[rows_gmem, columns]
+                    plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot])
+                plgpu.copy_gmem_to_smem(x_gmem.at[tokens_of(block), columns], x_smem.at[slot], filled.at[slot])
+
+            produce(loop, steps, stages, free, copy, of_tile)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
@@ -133,13 +145,14 @@ def few_rows(
                 tile, block = info.index
                 row = tile * rows_each + warpgroup * WGMMA_ROWS
                 tokens = pl.ds(block * rows, rows)
-                scales_gmem = [of_expert(gmem, block) for gmem in w_scale_gmems]
+                _, scales_gmem = of_block(block)
 
                 def scales_of(i: Any) -> tuple[tuple[jax.Array, ...], ...]:
                     found = []
                     for b in range(0 if once else blocks):
                         block_of_k = (first_step + i) * blocks + b
-                        of_tokens = plgpu.load(x_scale_gmem.at[block_of_k, tokens], layout=TOKENS, optimized=False)
+                        of_tokens = x_scale_gmem.at[block_of_k, tokens_of(block)]
+                        of_tokens = plgpu.load(of_tokens, layout=TOKENS, optimized=False)
                         of_weights = (gmem[row // BLOCK, block_of_k] for gmem in scales_gmem)
                         found.append(tuple(scale_product(of_tokens, scale) for scale in of_weights))
                     return tuple(found)
@@ -177,9 +190,12 @@ def few_rows(
                 def finish(sums):
                     if once:
                         of_weights = (gmem.at[pl.ds(row, WGMMA_ROWS)] for gmem in scales_gmem)
-                        sums = [scaled(x, at, x_scale_gmem.at[tokens]) for x, at in zip(sums, of_weights, strict=True)]
+                        of_rows = x_scale_gmem.at[tokens_of(block)]
+                        sums = [scaled(x, at, of_rows) for x, at in zip(sums, of_weights, strict=True)]
                     of_tokens = None
-                    if factors_gmem is not None:
+                    if of_blocks:
+                        of_tokens = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
+                    elif factors_gmem is not None:
                         of_tokens = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
                     y = epilogue(*sums, of_tokens).astype(out_dtype)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -11,14 +11,16 @@ their operands in the L2 cache. Three warpgroups:
   `stages` buffers;
 - two consumers share the tile, half its rows or half its columns each. For every K block a consumer issues one wgmma a
   64 rows into a fresh accumulator and adds it, times the two scales of the block, to float32 sums: tensor cores
-  accumulate FP8 products in fewer bits than float32 has, so that no chain is longer than 128. With `in_turn` they issue
-  alternately, so that one adds while the tensor cores work for the other; left alone they fall into step. A tile goes
-  out through two buffers a consumer, so that one is copied while the next is written.
+  accumulate FP8 products in fewer bits than float32 has, so that no chain is longer than 128. What it would wait for
+  is asked for before: scales four K blocks ahead (scales_sm90.py), the next buffer while the first product of this one
+  is added. With `in_turn` they issue alternately. A tile goes out through two buffers a consumer, so that one is copied
+  while the next is written.
 
 Where there are few tiles, the thread blocks of a cluster share out K instead (split_k.py).
 
-Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma; an H100 measured 1324 at M = N = K = 4096, 67 %. Before that comes shared
-memory: wgmmas of 64 x 128 read 96 of its 128 bytes a cycle, and copies write 48 more for tiles of 128 x 256.
+Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma; an H100 measured 1324 at M = N = K = 4096, 67 %. Two limits come before: a
+consumer's chain for 64 rows of a K block, about 310 cycles of wgmma and 230 of additions, which share the registers'
+ports with the other's wgmma, where the tensor cores need 256 for each; and 700 W, at which clocks fall to 1.6 GHz.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -26,34 +28,27 @@ memory: wgmmas of 64 x 128 read 96 of its 128 bytes a cycle, and copies write 48
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
+from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
+from pallas_kernels.block_matmul.scales_sm90 import TileScales, factor, of_word
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import ManyRows
+from pallas_kernels.mosaic import fresh_wgmma
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.scales import scale_product
+from pallas_kernels.mosaic.scale_words import BYTES
 
-CONSUMERS = 2
-LEAST_STORED = 16  # columns at a time: a swizzled row of 32 bytes of bfloat16
-
-
-class RowBlocks(NamedTuple):
-    """Rows in blocks of one expert each: expert int32 [most blocks], real int32 [1] of them hold rows."""
-
-    expert: jax.Array
-    real: jax.Array
+REGISTERS = 232  # of a thread of a consumer
 
 
 def matmul(
@@ -91,27 +86,16 @@ def many_rows(
     [64] of its rows (None without).
     """
     (m, k), n, count = a.shape, weights[0][0].shape[-2], len(weights)
+    cut = Cut(m, n, k, count, tiling)
     tile_m, tile_n, stages, blocks, cluster = tiling.tile_m, tiling.tile_n, tiling.stages, tiling.blocks, tiling.cluster
-    by_rows = tiling.split == "rows"
-    rows_each, columns_each = (tile_m // CONSUMERS, tile_n) if by_rows else (tile_m, tile_n // CONSUMERS)
-    parts, (row_tiles, column_tiles) = rows_each // WGMMA_ROWS, (m // tile_m, n // tile_n)
-    steps = k // BLOCK // tiling.shares  # of a thread block
-    chunks = list(itertools.product(range(blocks), range(parts), range(count)))  # the wgmmas of one iteration
-    along_rows = tiling.cluster_along == "rows"
-    across = (cluster, 1) if along_rows else (1, cluster)  # tiles of a cluster
-    whole = (tile_m * across[0], tile_n * across[1], BLOCK * blocks * tiling.shares)
-    columns_finished = columns_each // tiling.shares
-    pieces = 2 if columns_finished >= 2 * LEAST_STORED else 1  # one is copied out while the next is written
-    columns_stored = columns_finished // pieces
-    launched = clusters(cluster * tiling.shares, row_tiles * column_tiles // cluster)
-    shares = Shares(tiling.shares, parts * count, WGMMA_ROWS, columns_finished, CONSUMERS, launched)
-    assert (m % whole[0], n % whole[1], k % whole[2]) == (0, 0, 0), f"{(m, n, k)} in tiles of {tiling}"
-    assert by_rows or count == 1, "the consumers of several weights share their columns"
-    assert cluster == 1 or tiling.shares == 1, "a cluster shares an operand or K"
-    assert across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
+    steps = cut.steps
+    launched = clusters(cluster * tiling.shares, cut.row_tiles * cut.column_tiles // cluster)
+    shares = Shares(tiling.shares, cut.parts * count, WGMMA_ROWS, cut.finished, CONSUMERS, launched)
+    assert cut.across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
     once = a_scale.ndim == 1  # scales multiply finished sums
-    ahead = parts * count == 1
-    assert len(chunks) % tiling.in_flight == 0, f"{len(chunks)} products in groups of {tiling.in_flight}"
+    in_words = not once and a_scale.dtype == jnp.uint8 and blocks == 1 and steps % BYTES == 0
+    early_words = in_words and row_blocks is None  # of a tile that may not be there: only where it has no expert
+    early_wait = blocks == 1 and len(cut.products) > tiling.in_flight
 
     def kernel(
         a_gmem,
@@ -129,15 +113,17 @@ def many_rows(
         warpgroup = lax.axis_index("warpgroup")
         share = 0 if tiling.shares == 1 else lax.axis_index(AXIS)
         first_block = share * steps
-        real = None if count_gmem is None else count_gmem[0]
-        grid = (row_tiles if real is None else real) // across[0], column_tiles // across[1]
-        loop = {"grid": (grid[0] * grid[1],), "collective_axes": "sm", "init_carry": jnp.int32(0)}
+        row_tiles = cut.row_tiles if count_gmem is None else count_gmem[0]
+        grid = row_tiles // cut.across[0], cut.column_tiles // cut.across[1]
+        tiles = grid[0] * grid[1]
+        loop = {"grid": (tiles,), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
-        def tile_of(info: plgpu.NDLoopInfo) -> tuple[jax.Array, jax.Array]:
+        def tile_of(index: jax.Array) -> tuple[jax.Array, jax.Array]:
             # Rows of one expert are neighbours: in one tile of the order they read its weights once.
-            row, column = plgpu.planar_snake(info.index[0], grid, 0 if tiling.rows_first else 1, tiling.width)
+            row, column = plgpu.planar_snake(index, grid, 0 if tiling.rows_first else 1, tiling.width)
             of_cluster = 0 if cluster == 1 else lax.axis_index("block")
-            return (row * cluster + of_cluster, column) if along_rows else (row, column * cluster + of_cluster)
+            down, across = cut.across
+            return row * down + (of_cluster if down > 1 else 0), column * across + (of_cluster if across > 1 else 0)
 
         def of_expert(gmem, row):
             return gmem if expert_gmem is None else gmem.at[expert_gmem[row]]
@@ -147,10 +133,10 @@ def many_rows(
             # Thread blocks of a cluster share an operand: each copies a part of its tile to all of them. (The
             # interpreter has no such copies; there each copies the whole.)
             shared = "block" if cluster > 1 and not is_interpreted() else None
-            shared_a, shared_w = (None, shared) if along_rows else (shared, None)
+            shared_a, shared_w = (None, shared) if cut.across[0] > 1 else (shared, None)
 
             def copy(info, i, slot):
-                row, column = tile_of(info)
+                row, column = tile_of(info.index[0])
                 rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * tile_n, tile_n)
                 block = pl.ds((first_block + i) * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(
@@ -160,106 +146,130 @@ def many_rows(
                     source = of_expert(w_gmem, row).at[columns, block]
                     plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot], collective_axes=shared_w)
 
-            produce(loop, steps, stages, free, copy)
+            def end(slot):
+                for _ in range(1 + count):
+                    plgpu.barrier_arrive(filled.at[slot])
+
+            produce(loop, steps, stages, free, copy, end if early_wait else None)
 
         @pl.when(warpgroup < CONSUMERS)
         def consume():
-            plgpu.set_max_registers(232, action="increase")
-            first_row = warpgroup * rows_each if by_rows else 0
-            first_column = 0 if by_rows else warpgroup * columns_each
-            columns_smem = pl.ds(first_column, columns_each)
+            plgpu.set_max_registers(REGISTERS, action="increase")
+            first_row = warpgroup * cut.rows if cut.by_rows else 0
+            first_column = 0 if cut.by_rows else warpgroup * cut.columns
+            columns_smem = pl.ds(first_column, cut.columns)
             if tiling.in_turn:
                 pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
 
-            @plgpu.nd_loop(**loop)
+            def scales_of(tile: tuple[jax.Array, jax.Array]) -> TileScales:
+                row, column = tile
+                rows = [pl.ds(row * tile_m + first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(cut.parts)]
+                weights_gmem = [of_expert(gmem, row) for gmem in w_scale_gmems]
+                block = (column * tile_n + first_column) // BLOCK
+                return TileScales(a_scale_gmem, weights_gmem, rows, block, first_block, steps)
+
+            if early_wait:
+                plgpu.barrier_wait(filled.at[0])
+            first_words = scales_of(tile_of(lax.axis_index("sm"))).words(0) if early_words else ()
+
+            own_loop: dict[str, Any] = loop | {"init_carry": (jnp.int32(0), first_words)}
+
+            @plgpu.nd_loop(**own_loop)
             def _tiles(info, carry):
-                row, column = tile_of(info)
-                row_gmem, column_gmem = row * tile_m + first_row, column * tile_n + first_column
-                scales_gmem = [of_expert(gmem, row) for gmem in w_scale_gmems]
-                rows_of = [pl.ds(row_gmem + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(parts)]
+                done, words = carry
+                row, column = tile_of(info.index[0])
+                scales = scales_of((row, column))
 
-                def scales_of(i: Any) -> list[tuple[jax.Array, jax.Array]]:
-                    found = []
-                    for b, p, j in [] if once else chunks:
-                        block = first_block + jnp.minimum(i * blocks + b, steps - 1)
-                        of_rows = plgpu.load(a_scale_gmem.at[rows_of[p], block], layout=ROWS, optimized=False)
-                        found.append((of_rows, scales_gmem[j][column_gmem // BLOCK, block]))
-                    return found
-
-                def step(i, state):
-                    scales, sums = state
+                def step(i, found, sums):
+                    """An iteration: its products added, times the scales found, to the sums."""
                     sums = list(sums)
-                    # Scales come straight from device memory: an iteration ahead where registers allow it.
-                    following = scales_of(i + 1) if ahead else []
-                    scales = scales or scales_of(i)
 
                     def slot_of(b):
-                        return lax.rem(carry + i * blocks + b, stages)
+                        return lax.rem(done + i * blocks + b, stages)
 
-                    def multiply(*accumulators, group):
-                        for at, accumulator in zip(group, accumulators, strict=True):
-                            b, p, j = chunks[at]
-                            rows_smem = pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS)
-                            operands = a_smem.at[slot_of(b), rows_smem], w_smem.at[slot_of(b), j, columns_smem].T
-                            plgpu.wgmma(accumulator, *operands)
-                        if tiling.in_turn:
-                            plgpu.barrier_arrive(scratch["turn"].at[1 - warpgroup])
-                        added = []
-                        for left, at, accumulator in zip(reversed(range(len(group))), group, accumulators, strict=True):
-                            b, p, j = chunks[at]
-                            product = wgmma_accumulator_load(accumulator, wait_n=left)
-                            if (p, j) == (parts - 1, count - 1):
-                                plgpu.barrier_arrive(free.at[slot_of(b)])
-                            if not once:
-                                product *= lax.broadcast_in_dim(scale_product(*scales[at]), product.shape, [0])
-                            before = next((x for q, x in added[::-1] if q == (p, j)), sums[p * count + j])
-                            added.append(((p, j), before + product))
-                        return tuple(x for _, x in added)
+                    def start(b, p, j):
+                        rows_smem = pl.ds(first_row + p * WGMMA_ROWS, WGMMA_ROWS)
+                        return fresh_wgmma.start(
+                            a_smem.at[slot_of(b), rows_smem], w_smem.at[slot_of(b), j, columns_smem]
+                        )
 
-                    for first in range(0, len(chunks), tiling.in_flight):
-                        group = range(first, first + tiling.in_flight)
-                        for b in (b for b, p, j in (chunks[at] for at in group) if (p, j) == (0, 0)):
-                            # Here, not between an accumulator's birth and its wgmma: that would cost writing zeros.
+                    def add(product, b, p, j):
+                        if (p, j) == (cut.parts - 1, count - 1):
+                            plgpu.barrier_arrive(free.at[slot_of(b)])
+                        if not once:
+                            product *= lax.broadcast_in_dim(factor(found, b, p, j), product.shape, [0])
+                        sums[p * count + j] = sums[p * count + j] + product
+
+                    for first in range(0, len(cut.products), tiling.in_flight):
+                        group = cut.products[first : first + tiling.in_flight]
+                        for b in (b for b, *place in group if not any(place) and not early_wait):
                             plgpu.barrier_wait(filled.at[slot_of(b)])
                         if tiling.in_turn:
                             plgpu.barrier_wait(scratch["turn"].at[warpgroup])
-                        fresh = [plgpu.ACC((WGMMA_ROWS, columns_each), jnp.float32)] * len(group)
-                        added = pl.run_scoped(functools.partial(multiply, group=group), *fresh)
-                        for at, x in zip(group, added, strict=True):
-                            _, p, j = chunks[at]
-                            sums[p * count + j] = x
-                    return following, tuple(sums)
+                        started = [start(*at) for at in group]
+                        if tiling.in_turn:
+                            plgpu.barrier_arrive(scratch["turn"].at[1 - warpgroup])
+                        for n_started, (at, product) in enumerate(zip(group, started, strict=True)):
+                            product = fresh_wgmma.wait(product, len(group) - 1 - n_started)
+                            add(product, *at)
+                        if first == 0 and early_wait:
+                            # Among additions, which hide what a look at a barrier takes; and between two products:
+                            # the compiler would start the second before the first is added, in other registers.
+                            plgpu.barrier_wait(filled.at[lax.rem(done + i + 1, stages)])
+                    return tuple(sums)
 
-                zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, columns_each), jnp.float32), plgpu.Layout.WGMMA)
-                first_scales = scales_of(0) if ahead else []
-                _, sums = lax.fori_loop(0, steps // blocks, step, (first_scales, (zero,) * (parts * count)))
-                column_gmem += share * columns_finished
+                def by_word(group, state):
+                    words, sums = state
+                    following = scales.words(group + 1)
+
+                    def of_block(at, sums):
+                        return step(group * BYTES + at, of_word(words, at), sums)
+
+                    return following, lax.fori_loop(0, BYTES, of_block, sums)
+
+                def by_block(i, state):
+                    found, sums = state
+                    following = () if once else scales.blocks((i + 1) * blocks, blocks)
+                    return following, step(i, found, sums)
+
+                zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, cut.columns), jnp.float32), plgpu.Layout.WGMMA)
+                sums = (zero,) * (cut.parts * count)
+                if in_words:
+                    state = words if early_words else scales.words(0), sums
+                    _, sums = lax.fori_loop(0, steps // BYTES, by_word, state)
+                else:
+                    state = () if once else scales.blocks(0, blocks), sums
+                    _, sums = lax.fori_loop(0, steps // blocks, by_block, state)
+                if early_words:  # before the results are on their way out
+                    words = scales_of(tile_of(jnp.minimum(info.index[0] + launched, tiles - 1))).words(0)
+                first_finished = column * tile_n + first_column + share * cut.finished
                 if tiling.shares > 1:
                     for to in range(tiling.shares):
-                        columns = slice(to * columns_finished, (to + 1) * columns_finished)
+                        columns = slice(to * cut.finished, (to + 1) * cut.finished)
                         shares.send([x[:, columns] for x in sums], to, exchanged, scratch)
                     shares.sent(scratch)
                     sums = shares.receive(exchanged, scratch)
-                for p, rows in enumerate(rows_of):
-                    of_rows, of_part = None, sums[p * count : (p + 1) * count]
+
+                for part, rows in enumerate(scales.rows):
+                    of_rows, of_part = None, sums[part * count : (part + 1) * count]
                     if once:
-                        columns = pl.ds(column_gmem, columns_finished)
+                        columns = pl.ds(first_finished, cut.finished)
                         of_part = [
                             scaled(x, a_scale_gmem.at[rows], gmem.at[columns])
-                            for x, gmem in zip(of_part, scales_gmem, strict=True)
+                            for x, gmem in zip(of_part, scales.weights_gmem, strict=True)
                         ]
                     if factors_gmem is not None:
                         of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
                     y = epilogue(*of_part, of_rows).astype(out_dtype)
-                    for piece in range(pieces):
-                        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-                        y_smem[warpgroup, piece] = y[:, piece * columns_stored : (piece + 1) * columns_stored]
+                    for piece in range(cut.pieces):
+                        plgpu.wait_smem_to_gmem(cut.pieces - 1, wait_read_only=True)
+                        y_smem[warpgroup, piece] = y[:, piece * cut.stored : (piece + 1) * cut.stored]
                         plgpu.commit_smem()
-                        columns = pl.ds(column_gmem + piece * columns_stored, columns_stored)
+                        columns = pl.ds(first_finished + piece * cut.stored, cut.stored)
                         plgpu.copy_smem_to_gmem(y_smem.at[warpgroup, piece], y_gmem.at[rows, columns])
                 if tiling.shares > 1:
                     shares.take(scratch)
-                return carry + steps
+                return done + steps, words
 
             if tiling.in_turn:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
@@ -282,9 +292,9 @@ def many_rows(
             "a": plgpu.SMEM((stages, tile_m, BLOCK), a.dtype, transforms=swizzled(1)),
             "w": plgpu.SMEM((stages, count, tile_n, BLOCK), weights[0][0].dtype, transforms=swizzled(1)),
             "y": plgpu.SMEM(
-                (CONSUMERS, pieces, WGMMA_ROWS, columns_stored),
+                (CONSUMERS, cut.pieces, WGMMA_ROWS, cut.stored),
                 out_dtype,
-                transforms=swizzled(jnp.dtype(out_dtype).itemsize, columns_stored),
+                transforms=swizzled(jnp.dtype(out_dtype).itemsize, cut.stored),
             ),
             "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             "free": free,

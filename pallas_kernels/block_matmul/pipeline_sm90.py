@@ -21,24 +21,43 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and a column
 
 
-def produce(loop: dict[str, Any], steps: int, stages: int, free: Any, copy: Callable[..., None]) -> None:
-    """The producer's part: `copy(info, i, slot)` for every step i of every tile of `loop`, as buffers come free.
+def produce(
+    loop: dict[str, Any],
+    steps: int,
+    stages: int,
+    free: Any,
+    copy: Callable[..., None],
+    found: Callable[[Any], Any] = lambda info: info,
+    end: Callable[[Any], None] | None = None,
+) -> None:
+    """The producer's part: `copy(found(info), i, slot)` for every step i of every tile of `loop`, as buffers come free.
 
-    It ends when the buffers of the last steps are read: every phase of a barrier that completes is observed.
+    found: what a tile looks up in device memory; in a step, copies would wait for it. end: called with the slot behind
+    those of the last step, for consumers that wait for a buffer more than there are. It ends when the buffers of the
+    last steps are read: every phase of a barrier that completes is observed.
     """
     plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
+    def claim(step):
+        slot = lax.rem(step, stages)
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+        return slot
+
     @plgpu.nd_loop(**loop)
     def total(info, carry):
+        of_tile = found(info)
+
         @pl.loop(0, steps)
         def _step(i):
-            slot = lax.rem(carry + i, stages)
-            pl.when(carry + i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            copy(info, i, slot)
+            copy(of_tile, i, claim(carry + i))
 
         return carry + steps
 
-    @pl.loop(0, stages)
+    if end is not None:
+        end(claim(total))
+        total += 1
+
+    @pl.loop(0, stages - (end is not None))
     def _wait(i):
         step = total - stages + i
         pl.when(step >= 0)(lambda: plgpu.barrier_wait(free.at[lax.rem(step, stages)]))

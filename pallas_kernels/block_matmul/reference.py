@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.products import dequantized_after
+from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import TreatedWeight, treat
 
 ROWS = 64  # of a product where a row's bits are not to depend on the others
@@ -22,9 +23,11 @@ def matmul(
     w: Any,
     *,
     activations: QuantFormat | None = None,
+    codes: QuantTensor | None = None,
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
 ) -> jax.Array:
+    del codes  # what x becomes in any case
     if batch_invariant:
         how = {"activations": activations, "out_dtype": out_dtype}
         return in_tiles(functools.partial(matmul, **how), x, w, axes=1)

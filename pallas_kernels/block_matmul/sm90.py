@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import device
 from pallas_kernels.block_matmul import reference, tilings, weight_only
+from pallas_kernels.block_matmul.codes import input_codes, smooth
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.weight_only import ONCE
 from pallas_kernels.formats import QuantFormat
@@ -19,7 +20,7 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.products import FLOAT8, static_scale, stored
 from pallas_kernels.quant.tensor import QuantTensor
-from pallas_kernels.quant.weights import TreatedWeight, quantize_input, treat
+from pallas_kernels.quant.weights import TreatedWeight, treat
 from pallas_kernels.straight_through import straight_through
 
 CAPABILITY = (9, 0)  # wgmma is Hopper's alone
@@ -35,9 +36,11 @@ def unsupported_reason(
     w: Any,
     *,
     activations: QuantFormat | None = None,
+    codes: QuantTensor | None = None,
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
 ) -> str | None:
+    del codes
     if reason := device_reason():
         return reason
     by_codes = activations is not None
@@ -152,18 +155,20 @@ def matmul(
     w: Any,
     *,
     activations: QuantFormat | None = None,
+    codes: QuantTensor | None = None,
     out_dtype: DTypeLike | None = None,
     batch_invariant: bool = False,
 ) -> jax.Array:
     """x @ w.T in `out_dtype` (default: x's); the gradient to x is that of the reference with x unrounded."""
-    smooth = functools.partial(reference.matmul, out_dtype=out_dtype)
     how = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
-    return straight_through(functools.partial(_matmul, **how), smooth)(x, w)
+    run = straight_through(functools.partial(_matmul, **how), functools.partial(smooth, out_dtype=out_dtype))
+    return run(x, (w, codes))
 
 
 def _matmul(
-    x: jax.Array, w: Any, *, activations: QuantFormat | None, out_dtype: DTypeLike | None, batch_invariant: bool
+    x: jax.Array, constants: Any, *, activations: QuantFormat | None, out_dtype: DTypeLike | None, batch_invariant: bool
 ) -> jax.Array:
+    w, known = constants
     treated, weight, kept = treat(x, w, None)
     out_dtype = jnp.dtype(out_dtype or x.dtype)
     # 16-bit channels are added to float32 sums.
@@ -172,7 +177,7 @@ def _matmul(
         rows = treated.reshape(-1, treated.shape[-1])
         y = weight_only.product(rows, weight, result, batch_invariant=batch_invariant)
     else:
-        codes = quantize_input(treated, activations, static_scale(w))
+        codes = input_codes(treated, x, w, activations, known)
         y = product(codes, weight, result, batch_invariant=batch_invariant)
     y = y.reshape(*x.shape[:-1], -1)
     if kept is not None:

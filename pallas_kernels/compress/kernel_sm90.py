@@ -14,7 +14,9 @@ squares crosses warps, and rotary pairs and Hadamard butterflies neighbouring re
 through shared memory: their codes and their rotary tail are two arrays.
 
 A chunk of many tokens: a thread block has one entry, whose rows come from the chunk, or from the rings for what lies
-before it. The rings are XLA's then: writing them here would overwrite what other thread blocks read.
+before it. Long entries are few, so that one would wait for memory again and again while most of the GPU is idle: their
+parts are pooled by thread blocks of their own, in a launch before. The rings are XLA's then: writing them here would
+overwrite what other thread blocks read.
 
 Bound: 16 T w bytes a sequence (float32 rows of w in, and out), and 8 w bytes a row of an entry that closes; in practice
 the latency of launch and of two dependent loads. On an H100, whole calls, in brackets XLA's: ratio 4, one sequence
@@ -27,31 +29,20 @@ is 20.3), the chunk 28.3 (23.7): an entry's rows are one warpgroup's work, and 1
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.compress import entry_sm90 as entries
+from pallas_kernels.compress.pool_sm90 import Cut, Memory, Softmax, merged, pool_parts, pooled
 from pallas_kernels.compress.reference import CompressorState
 from pallas_kernels.compress.tiling import held, rows_at_once
 from pallas_kernels.quant.rows import Rows
 from pallas_kernels.ring import MAX_STEP, write_ring
-
-LOWEST = float(np.finfo(np.float32).min)
-
-
-class Softmax(NamedTuple):
-    """Of the rows so far, for every channel: the largest gate, and the sums of exp(gate - it) and of that times kv."""
-
-    peak: jax.Array
-    total: jax.Array
-    weighted: jax.Array
 
 
 def compress_into(
@@ -72,24 +63,21 @@ def compress_into(
     halves, size, form = ape.shape[1] // width, held(width), rows.format
     slots, few = state.kv.shape[1], tokens <= MAX_STEP
     blocks = (tokens + ratio - 1) // ratio  # the most that can close
-    layout = entries.registers(size)
-    at_once = rows_at_once(ratio, halves)
+    cut = Cut(ratio, halves, rows_at_once(ratio, halves), size, few)
+    layout, load = cut.layout, cut.load
 
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-1], -1, *size)
 
-    def kernel(kv_gmem, gate_gmem, start_gmem, count_gmem, ape_gmem, weight_gmem, turn_gmem, *refs, **scratch):
+    def kernel(
+        kv_gmem, gate_gmem, start_gmem, count_gmem, ape_gmem, weight_gmem, turn_gmem, parts_gmem, *refs, **scratch
+    ):
         kv_ring, gate_ring, *out_gmem = refs
+        memory = Memory(kv_gmem, gate_gmem, kv_ring, gate_ring, ape_gmem)
         b = lax.axis_index("sequence")
         begin, added = start_gmem[b], count_gmem[b]
         first = lax.div(begin, ratio)
         closed = lax.div(begin + added, ratio) - first
-
-        def load(gmem: Any) -> jax.Array:
-            return plgpu.load(gmem, layout=layout, optimized=False)
-
-        def everywhere(scalar: Any) -> jax.Array:
-            return plgpu.layout_cast(lax.broadcast_in_dim(jnp.asarray(scalar), size, ()), layout)
 
         def keep() -> None:
             """The step's rows into the rings."""
@@ -104,48 +92,14 @@ def compress_into(
                         if token == t:
                             (kv_ring, gate_ring)[pair][b, slot, half] = values
 
-        def row(position: Any, half: Any) -> tuple[jax.Array, jax.Array]:
-            """kv and gate of one row."""
-            slot = lax.rem(position + slots, slots)  # before position 0: any row, which is not used
-            kept = load(kv_ring.at[b, slot, half]), load(gate_ring.at[b, slot, half])
-            if few:
-                return kept
-            t = jnp.clip(position - begin, 0, tokens - 1)
-            new = load(kv_gmem.at[b, t, half]), load(gate_gmem.at[b, t, half])
-            before = everywhere(position < begin)
-            values, gates = (jnp.where(before, old, now) for old, now in zip(kept, new, strict=True))
-            return values, gates
+        def of_rows(entry: jax.Array, block: Any) -> Softmax:
+            if parts_gmem is None:
+                return pooled(cut, memory, b, begin, entry, 0, cut.parts)
+            each = range(len(Softmax._fields))
+            return merged([Softmax(*(load(parts_gmem.at[b, block, p, i]) for i in each)) for p in range(cut.parts)])
 
-        def part(at: Any, entry: jax.Array, softmax: Softmax) -> Softmax:
-            """Rows at .. at + at_once - 1 of an entry, added."""
-            found = []
-            for i in range(at_once):
-                half = (at + i) // ratio if isinstance(at, int) else lax.div(at, ratio)
-                position = (entry - (halves - 1)) * ratio + at + i
-                values, gates = row(position, half)
-                gates = gates + load(ape_gmem.at[at + i - half * ratio, half])
-                if halves > 1:  # the block before the first does not exist
-                    exists = everywhere(position >= 0)
-                    values, gates = jnp.where(exists, values, 0.0), jnp.where(exists, gates, -jnp.inf)
-                found.append((values, gates))
-            peak = functools.reduce(jnp.maximum, [gates for _, gates in found], softmax.peak)
-            shrink = jnp.exp(softmax.peak - peak)
-            total, weighted = softmax.total * shrink, softmax.weighted * shrink
-            for values, gates in found:
-                power = jnp.exp(gates - peak)
-                total, weighted = total + power, weighted + power * values
-            return Softmax(peak, total, weighted)
-
-        def pooled(entry: jax.Array) -> jax.Array:
-            softmax = Softmax(*(everywhere(jnp.float32(x)) for x in (LOWEST, 0.0, 0.0)))
-            if (parts := halves * ratio // at_once) == 1:
-                softmax = part(0, entry, softmax)
-            else:
-                softmax = lax.fori_loop(0, parts, lambda i, so_far: part(i * at_once, entry, so_far), softmax)
-            return softmax.weighted / softmax.total
-
-        def close(entry: jax.Array) -> None:
-            wide = pooled(entry)
+        def close(entry: jax.Array, block: Any) -> None:
+            wide = of_rows(entry, block).value()
             normed = entries.normed(wide, load(weight_gmem).astype(jnp.float32), norm_eps, layout)
             turned = entries.rotated(normed, entry * ratio, load(turn_gmem), layout)
             entries.write(turned, form, (b, entry), out_gmem, layout, **scratch)
@@ -154,13 +108,15 @@ def compress_into(
             keep()
         for i in range(blocks) if few else [lax.axis_index("block")]:
             held_there = first + i < rows.shape[1]
-            pl.when((i < closed) & held_there)(lambda i=i: close(first + i))
+            pl.when((i < closed) & held_there)(lambda i=i: close(first + i, i))
 
     # Of a channel, its frequency; 0 for those that are not rotated.
     turn = jnp.pad(jnp.repeat(frequencies.astype(jnp.float32), 2), (width - 2 * frequencies.shape[0], 0))
-    rings = [split(x) for x in state]
+    made, rings, parts = [split(x) for x in (kv, gate)], [split(x) for x in state], None
     if few:
         rings = [jax.new_ref(x) for x in rings]
+    elif cut.parts > 1:
+        parts = pool_parts(cut, [*made, *rings, split(ape)], start, count, blocks)
     outs = [None if x is None else jax.new_ref(x) for x in entries.views(rows, size)]
     plgpu.kernel(
         kernel,
@@ -168,7 +124,7 @@ def compress_into(
         scratch_types=entries.scratch(form, size),
         grid=(batch,) if few else (batch, blocks),
         grid_names=("sequence",) if few else ("sequence", "block"),
-    )(split(kv), split(gate), start, count, split(ape), norm_weight.reshape(size), turn.reshape(size), *rings, *outs)
+    )(*made, start, count, split(ape), norm_weight.reshape(size), turn.reshape(size), parts, *rings, *outs)
     written = [None if x is None else jax.freeze(x) for x in outs]
     leaves = (
         None if x is None else x.reshape(old.shape)

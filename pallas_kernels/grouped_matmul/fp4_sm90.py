@@ -6,19 +6,23 @@ of the row's four scales in the block and c = w / s, exactly (mosaic/e2m1_folded
 Rows are in blocks of one expert each, and several weights may share their input. Persistent thread blocks take
 `warpgroups` x 64 rows of every weight. Tiles of one row block are neighbours: x is read from device memory once.
 
-- The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, and the 16 bytes of a
-  row's weight scales that are around them, running ahead across tiles.
-- Each consumer has 64 of the rows. It makes tables of their codes for 512 columns, in shared memory. It looks up the
-  codes of one K block of one weight at a time, into the registers that wgmma reads its first operand from, while the
-  product before runs, and adds products, times the scales of row and token, to float32 sums in the order of K.
+- The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, and the 16 bytes of a row's
+  weight scales that are around them, running ahead across tiles.
+- Each consumer has `parts` slabs of 64 rows of every weight. It makes tables of their codes for 512 columns, in shared
+  memory. It looks up the codes of one K block of one slab at a time, into the registers that wgmma reads its first
+  operand from, and adds products, times the scales of row and token, to float32 sums in the order of K
+  (fp4_products_sm90.py). Of few rows, codes are looked up while the product before runs. Of many, sums and one product
+  fill the registers.
+- Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
 Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
 to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
 token's sum is the same whatever other tokens are present, and however many of them a block has.
 
-Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. A consumer warp issues some 37
-instructions for 32 columns and 8 tokens, 29 of which look codes up; for 128 columns and 112 tokens some 300, while
-wgmma takes 224 cycles for them, and a scheduler has two such warps. Not yet measured.
+Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. Few rows run at the speed of
+memory once every multiprocessor has tiles: gate and up of 256 experts of 3 rows 542 us on an H200, 4.2 TB/s. Many do
+not: of 112 rows, a consumer's warp issues 275 instructions for a product of 64 x 112 x 128, 72 of them integer ones at
+half rate to look codes up and 112 to add. Two such warps share a scheduler, and each mostly waits for itself.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -26,27 +30,26 @@ wgmma takes 224 cycles for them, and a scheduler has two such warps. Not yet mea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 from jax.typing import DTypeLike
 
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
-from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, swizzled
-from pallas_kernels.grouped_matmul.tiling import SCALED, Mxfp4Rows
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, produce, swizzled
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
+from pallas_kernels.formats import QuantFormat
+from pallas_kernels.grouped_matmul import rows_sm90
+from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
+from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
+from pallas_kernels.grouped_matmul.tiling import AHEAD, SCALED, Mxfp4Rows
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
-
-LINE = 256  # columns in the 128 bytes of a swizzled row of packed weights, at most
-TOKENS = COLUMNS  # the layout of a vector with one element a token
-AHEAD = 64  # rows of all weights up to which a product is issued before the last is added: registers hold both
 
 
 def expert_rows(
@@ -56,40 +59,47 @@ def expert_rows(
     tiling: Mxfp4Rows,
     *,
     rows: int,
-    out_dtype: DTypeLike,
+    out_dtype: DTypeLike | QuantFormat,
     row_blocks: RowBlocks,
     factors: jax.Array | None = None,
     epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
-) -> jax.Array:
+) -> Any:
     """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
 
-    x_scale [K/128, M] (tokens last): uint8 (UE8M0) or float32. weights: pairs of packed codes uint8 [E, N, K/2], low
-    nibble first, and UE8M0 scales uint8 [E, N, K/32]; row blocks that are not real are not written. factors float32
-    [M]: for the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows]
-    of its tokens (None without). K is a multiple of 512, N of 64 x warpgroups, rows of 8.
+    x, x_scale: of all blocks or of the one that they share, as rows_sm90 arranges them; a QuantFormat for out_dtype
+    asks for results in the same form. weights: pairs of packed codes uint8 [E, N, K/2], low nibble first, and UE8M0
+    scales uint8 [E, N, K/32]; row blocks that are not real are not written. factors float32 [M], or [M / rows] of whole
+    blocks: for the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows]
+    of its tokens (None without). K is a multiple of 512, N of the rows of a tile, rows of 8.
     """
-    (m, k), n = x.shape, weights[0][0].shape[-2]
-    stages, warpgroups, depth = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK
-    rows_each, count = WGMMA_ROWS * warpgroups, len(weights)
+    k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
+    stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
+    rows_each, count = tiling.rows, len(weights)
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
-    assert (m % rows, rows % 8, n % rows_each, k % SCALED) == (0, 0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
-    behind = 1 if rows * count <= AHEAD else 0
-    transposed = jnp.dtype(out_dtype).itemsize != 2  # of registers, only halves are transposed on their way out
-    scales_of_tokens = by_row_block(x_scale, rows)
+    assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
+    results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, warpgroups, parts, out_dtype)
+    of_blocks = factors is not None and len(factors) < m
 
-    def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem, **scratch):
+    def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
         x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
-        y_smem, filled, free, staged_smem = (scratch[name] for name in ("y", "filled", "free", "staged"))
+        filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
-            def copy(info, i, slot):
+            def with_expert(info):
                 block, tile = info.index
-                expert, rows_gmem = expert_gmem[block], pl.ds(tile * rows_each, rows_each)
-                copied = [(x_gmem.at[pl.ds(block * rows, rows), pl.ds(i * depth, depth)], x_smem.at[slot])]
-                copied += [(x_scale_gmem.at[block, pl.ds(i * tiling.blocks, tiling.blocks)], x_scale_smem.at[slot])]
+                return block, tile, expert_gmem[block]
+
+            def copy(found, i, slot):
+                block, tile, expert = found
+                rows_gmem = pl.ds(tile * rows_each, rows_each)
+                of_x = block if len(x) == m else 0
+                tokens, columns = pl.ds(of_x * rows, rows), pl.ds(i * depth, depth)
+                copied = [(x_gmem.at[tokens, columns], x_smem.at[slot])]
+                copied += [(x_scale_gmem.at[of_x, pl.ds(i * tiling.blocks, tiling.blocks)], x_scale_smem.at[slot])]
                 packed = pl.ds(i * (depth // 2), depth // 2)
                 around = pl.ds(lax.div(i * depth, SCALED) * (SCALED // e2m1.GROUP), SCALED // e2m1.GROUP)
                 for gmems, smem, columns in ((w_gmems, w_smem, packed), (w_scale_gmems, w_scale_smem, around)):
@@ -97,77 +107,37 @@ def expert_rows(
                 for source, target in copied:
                     plgpu.copy_gmem_to_smem(source, target, filled.at[slot])
 
-            produce(loop, steps, stages, free, copy)
+            produce(loop, steps, stages, free, copy, with_expert)
+
+        def slab_of(j: int, p: int) -> Slab:
+            held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
+            tables = scratch["tables"].at[warpgroup, j * parts + p]
+            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
             plgpu.set_max_registers(tiling.registers, action="increase")
-            rows_smem = pl.ds(warpgroup * WGMMA_ROWS, WGMMA_ROWS)
-            tables_smem = [scratch["tables"].at[warpgroup, j] for j in range(count)]
-            staged = None if staged_smem is None else staged_smem.at[warpgroup]
-            # K blocks of a stage by line and weight, so that a line of packed codes is loaded once and x is near.
-            order = [
-                (j, b)
-                for first in range(0, tiling.blocks, line // BLOCK)
-                for j in range(count)
-                for b in range(first, first + line // BLOCK)
-            ]
-
-            def multiply(slot, first_block, sums, *accumulators):
-                """Adds to the sums of each weight its products with a stage of x, by the tables that are there."""
-                sums, packed, scales = list(sums), {}, {}
-
-                def look_up(j, b):
-                    of_line = b % (line // BLOCK)
-                    if of_line == 0:
-                        columns = pl.ds(b * BLOCK // 2, line // 2)
-                        packed[j] = e2m1.load_packed(w_smem.at[slot, j, rows_smem, columns])
-                    tables, scales[j, b] = e2m1.load_tables(tables_smem[j], first_block + b)
-                    return e2m1.look_up(packed[j], of_line, tables)
-
-                codes = look_up(*order[0])
-                for at in range(len(order) + behind):
-                    if at < len(order):
-                        columns = x_smem.at[slot, :, pl.ds(order[at][1] * BLOCK, BLOCK)].T
-                        e2m1.multiply(accumulators[at], codes, columns, staged)
-                    if at + 1 < len(order):
-                        codes = look_up(*order[at + 1])
-                    if (done := at - behind) >= 0:
-                        j, b = order[done]
-                        product = wgmma_accumulator_load(accumulators[done], wait_n=min(behind, len(order) - 1 - done))
-                        of_tokens = plgpu.load(x_scale_smem.at[slot, b, pl.ds(0, rows)], layout=TOKENS)
-                        sums[j] = sums[j] + product * e2m1.scale_product(scales[j, b], of_tokens)
-                return tuple(sums)
+            slabs = [slab_of(j, p) for j in range(count) for p in range(parts)]
+            staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
+            products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
 
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 block, tile = info.index
-                tokens = pl.ds(block * rows, rows)
 
                 def step(i, state):
                     """beyond: whether scales of these 512 columns are too far apart for one pass."""
                     beyond, sums = state
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
-                    scales_smem = [w_scale_smem.at[slot, j, rows_smem] for j in range(count)]
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
-                    beyond = lax.cond(inside == 0, lambda: e2m1.any_beyond(scales_smem), lambda: beyond)
+                    beyond = lax.cond(inside == 0, lambda: products.any_beyond(slot), lambda: beyond)
 
                     def one_pass(group, sums):
-                        @pl.when((inside == 0) & (beyond == 0))
-                        def _folded():
-                            for tables, scales in zip(tables_smem, scales_smem, strict=True):
-                                e2m1.store_folded_tables(tables, scales)
-
-                        @pl.when(beyond != 0)
-                        def _of_one():
-                            for tables, scales in zip(tables_smem, scales_smem, strict=True):
-                                e2m1.store_tables_of_one(tables, scales, group)
-
-                        # The last to be made is written zeros, the others are not: it is a small one, and unused.
-                        shapes = [(WGMMA_ROWS, rows)] * len(order) + [(WGMMA_ROWS, 8)]
-                        fresh = [plgpu.ACC(shape, jnp.float32) for shape in shapes]
-                        return pl.run_scoped(functools.partial(multiply, slot, inside * tiling.blocks, sums), *fresh)
+                        products.make_tables(slot, group, beyond, inside == 0)
+                        if rows * len(slabs) <= AHEAD:
+                            return products.ahead(slot, inside * tiling.blocks, sums)
+                        return products.one_by_one(slot, inside * tiling.blocks, sums)
 
                     sums = lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
                     plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
@@ -175,59 +145,39 @@ def expert_rows(
                     return beyond, sums
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * count))
+                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * len(slabs)))
                 of_rows = None
-                if factors_gmem is not None:
+                if of_blocks:
+                    of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
+                elif factors_gmem is not None:
+                    tokens = pl.ds(block * rows, rows)
                     of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
-                y = epilogue(*(total * e2m1.UNIT for total in sums), of_rows).astype(out_dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                columns = pl.ds(tile * rows_each + warpgroup * WGMMA_ROWS, WGMMA_ROWS)
-                if transposed:
-                    y_smem[warpgroup] = y
-                    target = y_gmem.at[columns, tokens]
-                else:
-                    y_smem.at[warpgroup].T[...] = y
-                    target = y_gmem.at[tokens, columns]
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], target)
+                of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
+                results.write(of_parts, block, tile, warpgroup, outs, scratch)
                 return carry + steps
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            results.finish()
 
     halves = plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line // 2)
-    staged = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
-    y = plgpu.kernel(
+    scratch_types: dict[str, Any] = {
+        "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
+        "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
+        "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
+        "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
+        "tables": plgpu.SMEM((warpgroups, parts * count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
+        "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        **results.scratch(),
+    }
+    if is_interpreted():
+        scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
+    outs = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((n, m) if transposed else (m, n), out_dtype),
+        out_type=results.outputs(),
         grid=(min(sm_count(), tiles * (m // rows)),),
         grid_names=("sm",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types={
-            "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
-            "x_scale": plgpu.SMEM((stages, tiling.blocks, scales_of_tokens.shape[-1]), scales_of_tokens.dtype),
-            "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
-            "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
-            "y": plgpu.SMEM((warpgroups, *((WGMMA_ROWS, rows) if transposed else (rows, WGMMA_ROWS))), out_dtype),
-            "tables": plgpu.SMEM((warpgroups, count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
-            "staged": staged if is_interpreted() else None,
-            "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
-            "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        },
-    )(
-        e2m1.first_and_second_halves(x), scales_of_tokens, [w for w, _ in weights], [scale for _, scale in weights],
-        *row_blocks, factors,
-    )  # fmt: skip
-    return y.T if transposed else y
-
-
-def by_row_block(x_scale: jax.Array, rows: int) -> jax.Array:
-    """Scales [K/128, M] as float32, or as the int32 bits of it, [M/rows, K/128, rows]: the last up to whole 32.
-
-    A copy then starts at 128 bytes whichever K block it starts with.
-    """
-    if x_scale.dtype == jnp.uint8:
-        x_scale = e2m1.scale_bits(x_scale.astype(jnp.int32))
-    blocks, tokens = x_scale.shape
-    apart = jnp.swapaxes(x_scale.reshape(blocks, tokens // rows, rows), 0, 1)
-    return jnp.pad(apart, ((0, 0), (0, 0), (0, -rows % 32)))
+        scratch_types=scratch_types,
+    )(x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], *row_blocks, factors)
+    return results.result(*outs)

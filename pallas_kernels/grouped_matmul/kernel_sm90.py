@@ -9,18 +9,23 @@ the order of the token's experts.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks, many_rows
+from pallas_kernels.block_matmul.kernel_sm90 import many_rows
+from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
+from pallas_kernels.grouped_matmul.combine_sm90 import combine
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.gather_sm90 import gather
-from pallas_kernels.grouped_matmul.layer import summed
+from pallas_kernels.grouped_matmul.rows_sm90 import quantized_rows
 from pallas_kernels.grouped_matmul.tiling import Mxfp4Rows
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import QuantTensor
@@ -35,7 +40,7 @@ class Blocks(NamedTuple):
     """Where the routed rows lie: P = most blocks x rows a block.
 
     row_blocks: the experts of the blocks. place int32 [N, k]: the row of a token's choice. token int32 [P]: the token
-    of a row, N where it is padding. factors float32 [P]: its routing weight, 0 where it is padding.
+    of a row, N where it is padding. factors float32 [P]: its routing weight, 0 where it is padding; of one token [k].
     """
 
     row_blocks: RowBlocks
@@ -63,15 +68,6 @@ def experts(
     tile_m of a ManyRows tiling. limit: of the SwiGLU clamp, 0 for none. activations: E4M3 in 1x128 groups, with scales
     of the type of FP8 weights' ones.
     """
-    blocks = lay_out(routing, rows)
-    many = len(blocks.token) >= GATHERED
-    # Row N is padding: zeros, whose products are zeros.
-    codes = quantize_rows(x, activations, padded_rows=None if many else len(x) + 1)
-    scale = scale_bytes(codes.scale)
-    if many:
-        gathered = gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
-    else:
-        gathered = codes.values[blocks.token], scale[blocks.token]
 
     def activate(gate, up, factor):
         if limit:
@@ -80,10 +76,46 @@ def experts(
         hidden = gate / (1 + jnp.exp(-gate)) * up
         return hidden * jax.lax.broadcast_in_dim(factor, hidden.shape, across)
 
-    hidden = _multiply(*gathered, (w1, w3), gate_up, rows, x.dtype, blocks, epilogue=activate)
-    again = quantize_rows(hidden, activations, tokens_last=not isinstance(down, ManyRows))
-    out = _multiply(again.values, scale_bytes(again.scale), (w2,), down, rows, x.dtype, blocks)
-    return summed(out[blocks.place]).astype(x.dtype)
+    blocks = lay_out(routing, rows)
+    multiply = functools.partial(_multiply, blocks=blocks, rows=rows)
+    if isinstance(gate_up, Mxfp4Rows):
+        quantise = functools.partial(_quantised, blocks=blocks, form=activations, rows=rows)
+        # Where tiles have whole groups of channels, hidden rows are quantised by the kernel that they come from.
+        at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0
+        form = activations if at_once else x.dtype
+        made = multiply(*quantise(x, gathered=True), (w1, w3), gate_up, form, epilogue=activate)
+        codes, scale = made if at_once else quantise(made, gathered=False)
+        out = multiply(codes, scale, (w2,), down, x.dtype)
+    else:
+        if len(x) == 1 and isinstance(gate_up, FewRows):
+            # Rows of padding are zeros, whose products are zeros.
+            codes = quantize_rows(x, activations, padded_rows=rows, tokens_last=True)
+            gathered = codes.values, scale_bytes(codes.scale)
+        else:
+            gathered = _gathered(x, blocks, activations)
+        hidden = multiply(*gathered, (w1, w3), gate_up, x.dtype, epilogue=activate)
+        again = quantize_rows(hidden, activations, tokens_last=isinstance(down, FewRows))
+        out = multiply(again.values, scale_bytes(again.scale), (w2,), down, x.dtype)
+    return combine(out, blocks.place)
+
+
+def _gathered(x: jax.Array, blocks: Blocks, form: QuantFormat) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of tokens where their blocks are. Row N is padding: zeros, whose products are zeros."""
+    many = len(blocks.token) >= GATHERED
+    codes = quantize_rows(x, form, padded_rows=None if many else len(x) + 1)
+    scale = scale_bytes(codes.scale)
+    if many:
+        return gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
+    return codes.values[blocks.token], scale[blocks.token]
+
+
+def _quantised(
+    x: jax.Array, blocks: Blocks, form: QuantFormat, rows: int, *, gathered: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The same for the MXFP4 kernel, of tokens [N, D] that are `gathered`, or of hidden rows [P, I]."""
+    tokens = len(blocks.place)
+    token = blocks.token[:rows] if gathered and tokens == 1 else blocks.token
+    return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered)
 
 
 def lay_out(routing: Routing, rows: int) -> Blocks:
@@ -113,13 +145,13 @@ def lay_out(routing: Routing, rows: int) -> Blocks:
 
 
 def _of_one_token(routing: Routing, rows: int) -> Blocks:
-    """A block for each choice."""
+    """A block for each choice, with one row and one factor. What does not depend on the routing is a constant."""
     _, k = routing.experts.shape
-    first = jnp.arange(k * rows) % rows == 0
-    factors = jnp.where(first, jnp.repeat(routing.weights[0], rows), 0).astype(jnp.float32)
-    token, place = jnp.where(first, 0, 1).astype(jnp.int32), jnp.arange(0, k * rows, rows, dtype=jnp.int32)
-    blocks = RowBlocks(routing.experts[0].astype(jnp.int32), jnp.full(1, k, jnp.int32))
-    return Blocks(blocks, place[None], token, factors)
+    token = np.where(np.arange(k * rows) % rows == 0, 0, 1).astype(np.int32)
+    place = np.arange(0, k * rows, rows, dtype=np.int32)[None]
+    blocks = RowBlocks(routing.experts.reshape(k).astype(jnp.int32), jnp.full(1, k, jnp.int32))
+    factors = routing.weights.reshape(k).astype(jnp.float32)
+    return Blocks(blocks, jnp.asarray(place), jnp.asarray(token), factors)
 
 
 def _before(sizes: jax.Array) -> jax.Array:
@@ -136,14 +168,16 @@ def _inverse(order: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(order[None] == at[:, None], at[None], 0), axis=1)
 
 
-def _multiply(values, scale, weights, tiling, rows, out_dtype, blocks: Blocks, epilogue=None) -> jax.Array:
+def _multiply(values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None):
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}
     if epilogue is not None:
         how |= {"epilogue": epilogue, "factors": blocks.factors}
     if isinstance(tiling, Mxfp4Rows):
-        return expert_rows(values, scale.T, pairs, tiling, rows=rows, **how)
+        return expert_rows(values, scale, pairs, tiling, rows=rows, **how)
     if isinstance(tiling, FewRows):
         return few_rows(values, scale.T, pairs, tiling, rows=rows, **how)
     assert tiling.tile_m == rows, f"a block of {rows} rows is a tile of {tiling}"
+    if epilogue is not None:
+        how["factors"] = jnp.repeat(blocks.factors, len(blocks.token) // len(blocks.factors))
     return many_rows(values, scale, pairs, tiling, **how)

@@ -9,6 +9,7 @@ from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, launch_regist
 
 SCALED = 512  # columns whose weight scales are the 16 bytes that a copy has at least
 TABLE_BYTES = 144  # of shared memory for a row of every weight: its codes times its scales, of SCALED columns
+AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 MOST_REGISTERS = 232  # that the compiler is allowed to use of what a consumer has
 STAGE_BLOCKS = (1, 2, 4)
 # Of a stage where a row's bits must not depend on the tiling: in four passes, what is added when depends on this.
@@ -18,17 +19,23 @@ MOST_STAGES, MOST_WARPGROUPS = 8, 4
 
 @dataclass(frozen=True)
 class Mxfp4Rows:
-    """Of fp4_sm90: K blocks a stage, buffers, and consumers of 64 weight rows each."""
+    """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each."""
 
     blocks: int = 4
     stages: int = 4
     warpgroups: int = 2
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.blocks not in STAGE_BLOCKS:
             raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
         if self.warpgroups > MOST_WARPGROUPS:
             raise ValueError(f"{self}: at most {MOST_WARPGROUPS} consumers have registers enough")
+
+    @property
+    def rows(self) -> int:
+        """Of every weight, in a tile."""
+        return WGMMA_ROWS * self.warpgroups * self.parts
 
     @property
     def registers(self) -> int:
@@ -39,7 +46,7 @@ class Mxfp4Rows:
 
 def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str | None:
     """Why fp4_sm90 cannot cut the problem so, with results of `itemsize` bytes; None if it can."""
-    each = WGMMA_ROWS * tiling.warpgroups
+    each = tiling.rows
     if problem.n % each or problem.k % SCALED:
         return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED}]"
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
@@ -52,19 +59,24 @@ def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str 
 def default_mxfp4(
     problem: Problem, itemsize: int = 2, stage_blocks: tuple[int, ...] = STAGE_BLOCKS
 ) -> Mxfp4Rows | None:
-    """The longest stage of which two buffers fit, in as many as do, for two consumers if they divide the weights."""
-    for warpgroups in (2, 1):
-        for blocks in sorted(stage_blocks, reverse=True):
+    """The longest stage of which two buffers fit, in as many as do, for two consumers if they divide the weights.
+
+    Products of many rows leave registers for short stages only; of one weight they have two slabs, so that x is read
+    half as often.
+    """
+    many = problem.rows * problem.weights > AHEAD
+    for warpgroups, parts in ((2, 2), (2, 1), (1, 1)) if many and problem.weights == 1 else ((2, 1), (1, 1)):
+        for blocks in sorted(stage_blocks, reverse=not many):
             for stages in range(MOST_STAGES, 1, -1):
-                tiling = Mxfp4Rows(blocks, stages, warpgroups)
+                tiling = Mxfp4Rows(blocks, stages, warpgroups, parts)
                 if mxfp4_reason(tiling, problem, itemsize) is None:
                     return tiling
     return None
 
 
 def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
-    each, depth = WGMMA_ROWS * tiling.warpgroups, tiling.blocks * BLOCK
+    each, depth = tiling.rows, tiling.blocks * BLOCK
     of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
-    written = problem.rows * each * itemsize
+    written = problem.rows * WGMMA_ROWS * tiling.warpgroups * itemsize
     return tiling.stages * (of_weights + of_rows) + written + each * problem.weights * TABLE_BYTES

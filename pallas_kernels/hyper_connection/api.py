@@ -6,8 +6,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.hyper_connection import reference, sm90
 from pallas_kernels.hyper_connection.reference import Mix
+from pallas_kernels.quant import QuantTensor
 from pallas_kernels.typing import typed
 
 PRE = Op(
@@ -42,6 +44,28 @@ def pre(
         streams, fn, base, scale, norm_weight,
         iterations=iterations, eps=eps, norm_eps=norm_eps, implementation=implementation,
     )  # fmt: skip
+
+
+@typed
+def pre_quantize_rows(
+    streams: Float[Array, "*rows n D"],
+    fn: Float[Array, "mix nD"],
+    base: Float[Array, " mix"],
+    scale: Float[Array, 3],
+    norm_weight: Float[Array, " D"],
+    form: QuantFormat = FP8_GROUP,
+    *,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "*rows D"], QuantTensor, Mix]:
+    """`pre`, and its x as the products behind it take it: `quantize(x)` in `form`, [rows, D], bit for bit."""
+    x, mix, codes = PRE(
+        streams, fn, base, scale, norm_weight,
+        iterations=iterations, eps=eps, norm_eps=norm_eps, form=form, implementation=implementation,
+    )  # fmt: skip
+    return x, codes, mix
 
 
 @typed

@@ -13,7 +13,7 @@ Bound: memory, (2 n + 2) D bytes a token, of which streams come from the L2 cach
 from __future__ import annotations
 
 import functools
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.formats import QuantFormat
+from pallas_kernels.hyper_connection import codes_sm90
+from pallas_kernels.hyper_connection.codes_sm90 import neighbours
 from pallas_kernels.hyper_connection.coefficients_sm90 import BATCH, SLOTS, Numbers, sigmoid
 from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import SQUARES
@@ -45,8 +48,9 @@ def finish(
     base_gmem: Any,
     scale_gmem: Any,
     norm_weight_gmem: Any,
-    x_gmem: Any,
+    outs_gmem: Sequence[Any],
     *,
+    form: QuantFormat | None,
     share: Share,
     numbers: Numbers,
     handover: Handover | Nothing,
@@ -56,7 +60,10 @@ def finish(
     squares: Any,
     both: Any,
 ) -> None:
-    """x of the thread block's tokens, by one of two warpgroups."""
+    """x of the thread block's tokens, by one of two warpgroups.
+
+    outs_gmem: for x, and if there is a `form` for its codes and their scales.
+    """
     tokens, _, width = streams_gmem.shape
     columns = pl.ds(finisher * (width // FINISHERS), width // FINISHERS)
     layout = neighbours(width // FINISHERS)
@@ -93,15 +100,13 @@ def finish(
 
         @pl.when(share.token(i) < tokens)
         def _store():
-            store_narrow(x_gmem, (share.token(i), columns), x.astype(jnp.bfloat16))
+            x_gmem, *codes_gmem = outs_gmem
+            rounded = x.astype(jnp.bfloat16)
+            store_narrow(x_gmem, (share.token(i), columns), rounded)
+            if form is not None:
+                codes_sm90.store(codes_gmem[0], codes_gmem[1], share.token(i), finisher, rounded, form)
 
         return held
 
     factors = plgpu.load(norm_weight_gmem.at[columns], layout=layout, optimized=False).astype(jnp.float32)
     lax.fori_loop(0, share.rounds, round_, [load_streams(jnp.int32(i)) for i in range(ahead)])
-
-
-def neighbours(columns: int) -> Any:
-    """How a warpgroup holds [columns]: up to eight neighbours a thread."""
-    each = math.gcd(columns // 128, 8)
-    return plgpu.Layout.TILED(plgpu.Tiling(((128 * each,), (32 * each,), (each,))), (-3,), (-2,), -1)

@@ -28,7 +28,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hyper_connection import coefficients_sm90, finish_sm90, project_sm90
+from pallas_kernels.formats import QuantFormat
+from pallas_kernels.hyper_connection import codes_sm90, coefficients_sm90, finish_sm90, project_sm90
 from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, make_coefficients
 from pallas_kernels.hyper_connection.finish_sm90 import finish
 from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
@@ -38,6 +39,7 @@ from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, PreTiling, default_tiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.quantize_rows.kernel_sm90 import quantize_rows
 
 # Registers a thread of those who project, make coefficients and finish: 128 on average.
 PROJECT_REGISTERS, COEFFICIENT_REGISTERS, FINISH_REGISTERS = 104, 64, 168
@@ -53,30 +55,40 @@ def pre(
     iterations: int,
     eps: float,
     norm_eps: float,
+    form: QuantFormat | None = None,
     tiling: PreTiling | None = None,
-) -> tuple[jax.Array, Mix]:
-    """`reference.pre` of streams [.., 4, D] bfloat16 and fn [24, 4 D] float32; D is a multiple of 256."""
+) -> tuple[Any, ...]:
+    """`reference.pre` of streams [.., 4, D] bfloat16 and fn [24, 4 D] float32; D is a multiple of 256.
+
+    Narrow streams' codes are made by a launch of their own.
+    """
     *leading, n, width = streams.shape
     rows = streams.reshape(-1, n, width)
     tiling = tiling or default_tiling(len(rows), width, sm_count())
     run = in_two_launches if is_interpreted() else in_one_launch
-    x, post, comb = run(
+    fused = form if form is not None and codes_sm90.takes(width) else None
+    x, post, comb, *codes = run(
         whole_tiles(rows.reshape(-1, n * width)), fn, rows, base.astype(jnp.float32), scale.astype(jnp.float32),
-        norm_weight, Numbers(iterations, eps, norm_eps), tiling,
+        norm_weight, Numbers(iterations, eps, norm_eps), tiling, fused,
     )  # fmt: skip
-    return x.reshape(*leading, width), Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
+    found = x.reshape(*leading, width), Mix(post.reshape(*leading, n), comb.reshape(*leading, n, n))
+    if form is None:
+        return found
+    codes, stored = codes or quantize_rows(x, form=form)
+    return *found, codes_sm90.of_rows(codes, stored, form)
 
 
-def out_types(tokens: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of x, post and comb."""
+def out_types(tokens: int, width: int, form: QuantFormat | None) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Of x, post and comb, and of x's codes and their scales if there is a `form` for them."""
     return (
         jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
         jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
         jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
+        *(() if form is None else codes_sm90.out_types(tokens, width, form)),
     )
 
 
-def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling) -> Any:
+def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling, form: Any) -> Any:
     tokens, _, width = streams.shape
     of = cut(tokens, width, tiling, sm_count())
     lag = min(tiling.lag, of.most_tiles)  # no more barriers than there is use for
@@ -89,7 +101,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
         raise ValueError(f"{tiling} lags too little: at {width} columns and {tokens} tokens {least} tiles at least")
 
     def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, finished, **refs):
-        x_gmem, post_gmem, comb_gmem, partial_gmem = outs
+        x_gmem, post_gmem, comb_gmem, *codes_gmem, partial_gmem = outs
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
         handover = Handover(of_block, pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,))), finished)
 
@@ -119,14 +131,14 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
             )  # fmt: skip
             own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch()}
             finish(
-                warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers, handover=handover, **own,
+                warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
+                form=form, share=of_block, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
     finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
     return plgpu.kernel(
         kernel,
-        out_type=(*out_types(tokens, width), partial_type(of, width, tiling, ring)),
+        out_type=(*out_types(tokens, width, form), partial_type(of, width, tiling, ring)),
         grid=(of.blocks,),
         grid_names=("block",),
         num_threads=2 + FINISHERS,
@@ -135,15 +147,15 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
             **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(),
             "finished": finished,
         },
-    )(f, fn, streams, base, scale, norm_weight)[:3]  # fmt: skip
+    )(f, fn, streams, base, scale, norm_weight)[:-1]  # fmt: skip
 
 
-def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling) -> Any:
+def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling, form: Any) -> Any:
     """The same warpgroups for the simulated GPU: nobody waits for another thread block."""
     tokens, _, width = streams.shape
     of = cut(tokens, width, tiling, sm_count())
     partial = first_launch(of, width, tiling)(f, fn)
-    return second_launch(of, width, numbers)(partial, streams, base, scale, norm_weight)
+    return second_launch(of, width, numbers, form)(partial, streams, base, scale, norm_weight)
 
 
 def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
@@ -172,9 +184,9 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
     )
 
 
-def second_launch(of: Cut, width: int, numbers: Numbers) -> Callable[..., Any]:
+def second_launch(of: Cut, width: int, numbers: Numbers, form: QuantFormat | None) -> Callable[..., Any]:
     def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, squares, both, **refs):
-        x_gmem, post_gmem, comb_gmem = outs
+        x_gmem, post_gmem, comb_gmem, *codes_gmem = outs
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == 0)
@@ -188,13 +200,13 @@ def second_launch(of: Cut, width: int, numbers: Numbers) -> Callable[..., Any]:
         @pl.when(warpgroup >= 1)
         def _finish():
             finish(
-                warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, x_gmem,
-                share=of_block, numbers=numbers, handover=Nothing(), squares=squares, both=both, **refs,
+                warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
+                form=form, share=of_block, numbers=numbers, handover=Nothing(), squares=squares, both=both, **refs,
             )  # fmt: skip
 
     return plgpu.kernel(
         kernel,
-        out_type=out_types(of.tokens, width),
+        out_type=out_types(of.tokens, width, form),
         grid=(of.blocks,),
         grid_names=("block",),
         num_threads=1 + FINISHERS,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.quant.tensor import QuantTensor
+from pallas_kernels.quant.weights import quantize_input
 
 
 class Mix(NamedTuple):
@@ -27,7 +30,9 @@ def pre(
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[jax.Array, Mix]:
+    form: QuantFormat | None = None,
+) -> tuple[Any, ...]:
+    """x and the coefficients of `post`; and x's codes, if there is a `form` for them."""
     n = streams.shape[-2]
     mixed = _project(streams, fn, norm_eps)
     widths = jnp.array([n, n, n * n])  # of pre, post and comb
@@ -37,7 +42,15 @@ def pre(
     out = 2 * jax.nn.sigmoid(mixed[..., n : 2 * n])
     comb = sinkhorn(mixed[..., 2 * n :].reshape(*mixed.shape[:-1], n, n), iterations, eps)
     x = rms_norm(_weighted_sum(into, streams), norm_weight, norm_eps)
-    return x.astype(streams.dtype), Mix(out, comb)
+    x = x.astype(streams.dtype)
+    return x, Mix(out, comb), *(() if form is None else (codes_of(x, form),))
+
+
+def codes_of(x: jax.Array, form: QuantFormat) -> QuantTensor:
+    """Of rows x [..., D] as they come out, rounded to their dtype; without a gradient."""
+    kind = jnp.finfo(x.dtype)  # compiled for a GPU, that rounding would be left out
+    x = jax.lax.reduce_precision(jax.lax.stop_gradient(x), kind.nexp, kind.nmant)
+    return quantize_input(x, form, None)
 
 
 def sinkhorn(logits: jax.Array, iterations: int, eps: float) -> jax.Array:

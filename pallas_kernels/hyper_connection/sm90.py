@@ -9,16 +9,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import device
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.hyper_connection import reference
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.tiling import CHUNK, LEAST_EPS, MOST_WIDTH, STREAMS, WIDTH_UNIT
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.quantize_rows.tiling import form_reason
 from pallas_kernels.straight_through import straight_through
 
 
-def pre_unsupported(streams: jax.Array, fn: jax.Array, *_: Any, eps: float = LEAST_EPS, **__: Any) -> str | None:
+def pre_unsupported(
+    streams: jax.Array,
+    fn: jax.Array,
+    *_: Any,
+    eps: float = LEAST_EPS,
+    form: QuantFormat | None = None,
+    **__: Any,
+) -> str | None:
     """Why the Hopper kernels do not take this call of `pre`, None if they do."""
-    if reason := _streams_reason(streams):
+    if reason := _streams_reason(streams) or (form_reason(form) if form else None):
         return reason
     if fn.dtype != jnp.float32:
         return f"fn is {fn.dtype}: it takes float32"
@@ -62,7 +71,7 @@ def pre(
     scale: jax.Array,
     norm_weight: jax.Array,
     **how: Any,
-) -> tuple[jax.Array, Mix]:
+) -> tuple[Any, ...]:
     """`reference.pre`, whose gradient it has too."""
     from pallas_kernels.hyper_connection import kernel_sm90  # here: who runs no kernel does not wait for Pallas
 

@@ -4,8 +4,9 @@ A unit is a block of query tokens of one sequence. Its items cover the most keys
 warp finds its thread block's share by itself, in registers: a prefix sum is a masked sum over lanes.
 """
 
-# Pallas's transforms look abstract to the checker.
-# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+# Pallas's transforms look abstract to the checker, and Mosaic's Python is not typed for outsiders.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -18,8 +19,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.index_scores.tiling import ITEM
+from pallas_kernels.mosaic.interpreter import is_interpreted
 
 LANES = 32
 MOST_SPLIT = 1024  # units up to which items are dealt: a lane holds 32 counts. Beyond, whole units are.
@@ -66,6 +70,27 @@ def walk(
     zero = jnp.int32(0)
     *_, segments, done = lax.while_loop(go_on, step, (unit, first, todo, zero, zero))
     return segments, done
+
+
+def likely_first(units: int, items: int, block: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
+    """The unit and the item in which a block's share begins if all units want all of their `items`."""
+    if units > MOST_SPLIT:
+        return jnp.minimum(block, units - 1), jnp.int32(0)
+    begin = jnp.minimum(_cut(jnp.int32(units * items), block, blocks), units * items - 1)
+    return lax.div(begin, items), lax.rem(begin, items)
+
+
+def prefetch(element_gmem: Any) -> None:
+    """Asks for the line of memory that [1] of an array is in."""
+    if is_interpreted():
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_ctx: Any, element: Any) -> None:
+        args = [utils.memref_ptr(element)]
+        llvm.inline_asm(None, args, "prefetch.global.L2 [$0];", "l", has_side_effects=True)
+
+    run(element_gmem)
 
 
 def _share(

@@ -30,7 +30,8 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 
 __all__ = [
     "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
-    "load_tables", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables", "store_tables_of_one",
+    "load_tables", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables", "store_halves",
+    "store_tables_of_one",
 ]  # fmt: skip
 UNIT = 2.0**-6  # a looked-up code is value / UNIT, where its group has the largest scale
 _TABLE = 0x6C686000, 0x7C787470  # E4M3 of 64 times 0, 0.5, 1, 1.5 and 2, 3, 4, 6, lowest byte first
@@ -49,6 +50,15 @@ def first_and_second_halves(x: jax.Array) -> jax.Array:
     """x [..., K] with the columns of every 32 in the order that looking up makes."""
     eights = x.reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP // 8, 2, 4)
     return jnp.swapaxes(eights, -3, -2).reshape(x.shape)
+
+
+def store_halves(codes_gmem: Any, codes: jax.Array, layout: Any) -> None:
+    """codes_gmem [G, 128] becomes `first_and_second_halves` of codes E4M3 [G, 128]; a thread has four neighbours or
+    eight."""
+    if is_interpreted():
+        codes_gmem[...] = first_and_second_halves(codes)
+    else:
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))(registers.store_halves)(codes_gmem, codes)
 
 
 def _load_words(scale_smem: Any) -> jax.Array:

@@ -42,14 +42,21 @@ def look_up(block: int, _ctx: Any, packed: mgpu.FragmentedArray, *flat: mgpu.Fra
     for (_, group, _, _, row, *_), word in np.ndenumerate(words):
         low, high = (vector.extract(flat[2 * group + i].registers.flat[row], [], [0]) for i in (0, 1))
         value = vector.extract(vector.bitcast(one_word, word), [], [0])
-        magnitudes = arith.andi(value, _constant(0x77777777))
-        signs = arith.shli(value, _constant(4))
-        for half, order in enumerate(_SIGNS):
-            picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
-            sign = arith.andi(_permuted(signs, value, _constant(order)), _constant(0x80808080))
-            four = vector.broadcast(one_word, arith.ori(_permuted(low, high, picked), sign))
-            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, four)
+        for half, four in enumerate(of_word(value, low, high)):
+            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
     return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
+
+
+def of_word(word: ir.Value, low: ir.Value, high: ir.Value) -> list[ir.Value]:
+    """The E4M3 bytes of the first four of a word's E2M1 codes, and of the others, by a table of magnitudes."""
+    magnitudes = arith.andi(word, _constant(0x77777777))
+    signs = arith.shli(word, _constant(4))
+    found = []
+    for half, order in enumerate(_SIGNS):
+        picked = arith.shrui(magnitudes, _constant(16)) if half else magnitudes
+        sign = arith.andi(_permuted(signs, word, _constant(order)), _constant(0x80808080))
+        found.append(arith.ori(_permuted(low, high, picked), sign))
+    return found
 
 
 def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
@@ -57,8 +64,30 @@ def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
     return llvm.inline_asm(_word(), [low, high, order], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
 
+def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
+    stride = ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
+    starts = codes.layout.thread_idxs(codes.shape)
+    for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
+        words = ir.VectorType(register.type).shape[0] // WORD
+        values = vector.bitcast(_words(words), register)
+        row, first = _at((group, stride)), arith.index_cast(_word(), column)
+        for i in range(words):
+            # Word w of the eight of a group of 32 columns becomes word w / 2, in the second half if w is odd.
+            word = arith.addi(arith.shrui(first, _constant(2)), _constant(i))
+            inside = arith.addi(arith.shrui(_masked(word, 7), _constant(1)), arith.shli(_masked(word, 1), _constant(2)))
+            byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(inside, _constant(2)))
+            one = vector.broadcast(_words(1), vector.extract(values, [], [i]))
+            llvm.store(one, _address(codes_gmem, arith.addi(row, byte)), alignment=WORD)
+
+
+def _masked(word: ir.Value, bits: int) -> ir.Value:
+    return arith.andi(word, utils.c(bits, _word()))
+
+
 def any_beyond(_ctx: Any, spreads: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
-    widest, *others = (vector.extract(register, [], [0]) for register in spreads.registers.flat)
+    widest, *others = (
+        vector.extract(register, [], [i]) for register in spreads.registers.flat for i in range(register.type.shape[0])
+    )
     for other in others:
         widest = arith.maxsi(widest, other)
     ptx = f"""{{ .reg .pred here, anywhere;

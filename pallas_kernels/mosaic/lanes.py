@@ -19,14 +19,14 @@ from pallas_kernels.mosaic.interpreter import is_interpreted
 
 
 def exchanged(x: jax.Array, distance: int, layout: Any) -> jax.Array:
-    """y[r, c] = x[r, c ^ distance] of float32 x [rows, columns]; distance is a power of two.
+    """y[.., c] = x[.., c ^ distance] of float32 x [columns] or [rows, columns]; distance is a power of two.
 
     layout: rows as tiles whose last two axes are lanes and a thread's neighbours. Where `distance` is at least as many
     columns as a thread holds side by side, a row must lie in the lanes of one warp.
     """
     if is_interpreted():
-        pairs = x.reshape(x.shape[0], -1, 2, distance)
-        return jnp.stack([pairs[:, :, 1], pairs[:, :, 0]], axis=2).reshape(x.shape)
+        pairs = x.reshape(*x.shape[:-1], -1, 2, distance)
+        return jnp.flip(pairs, -2).reshape(x.shape)
 
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=layout))
     def run(_ctx: Any, x: Any) -> Any:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats import FormatError
@@ -14,25 +11,24 @@ from pallas_kernels.typing import typed
 LARGEST_BLOCK = 1024  # channels rotated together where `rotate_blocks` may choose
 
 
-@functools.lru_cache
-def _matrix(width: int) -> np.ndarray:
-    """The symmetric, orthogonal Sylvester matrix: (-1)^popcount(i & j) * width^-0.5."""
-    index = np.arange(width)
-    odd = np.bitwise_count(index[:, None] & index[None, :]) & 1
-    return ((1.0 - 2.0 * odd) * width**-0.5).astype(np.float32)
-
-
 @typed
 def hadamard(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-    """x times the Hadamard matrix of its width, in float32, rounded once to x's dtype. It is its own inverse.
+    """x times the Hadamard matrix (-1)^popcount(i & j) * width^-0.5, in float32, rounded once to x's dtype.
 
+    It is its own inverse. By sums and differences of pairs, in an order of their own: as a product of matrices, a
+    row's bits would depend on how many rows there are, on some CPUs.
     Raises FormatError unless the width is a power of two.
     """
     width = x.shape[-1]
     if width & (width - 1):
         raise FormatError(f"Hadamard rotation of {width} channels: the width must be a power of two")
-    rotated = jnp.matmul(x.astype(jnp.float32), _matrix(width), precision="highest")
-    return rotated.astype(x.dtype)
+    rotated, distance = x.astype(jnp.float32), 1
+    while distance < width:
+        pairs = rotated.reshape(*x.shape[:-1], -1, 2, distance)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        rotated = jnp.stack([first + second, first - second], axis=-2).reshape(x.shape)
+        distance *= 2
+    return (rotated * width**-0.5).astype(x.dtype)
 
 
 @typed

@@ -121,11 +121,17 @@ def treat(x: jax.Array, w: Any, activations: QuantFormat | None) -> tuple[jax.Ar
     return x, w, kept
 
 
-def quantize_input(x: jax.Array, activations: QuantFormat, scale: jax.Array | None) -> QuantTensor:
-    """The rows of x [..., in] as [rows, in] codes: with scales of their own, or all with the static `scale`."""
+def quantize_input(
+    x: jax.Array, activations: QuantFormat, scale: jax.Array | None, known: QuantTensor | None = None
+) -> QuantTensor:
+    """The rows of x [..., in] as [rows, in] codes: with scales of their own, or all with the static `scale`.
+
+    known: what `quantize` gives for x in some format, which is taken if it is the one that is asked for.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if scale is None:
-        return quantize(rows, fitted(activations, x.shape[-1]))
+        form = fitted(activations, x.shape[-1])
+        return known if known is not None and known.format == form else quantize(rows, form)
     return quantize(rows, dataclasses.replace(activations, tile=(None, None)), scale=scale)
 
 

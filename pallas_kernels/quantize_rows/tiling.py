@@ -41,6 +41,17 @@ def default_tiling(rows: int, padded: int, blocks: int, *, tokens_last: bool, wh
     return RowTiling(groups)
 
 
+def form_reason(form: QuantFormat) -> str | None:
+    """Why the registers' quantisation does not give this format, None if it does."""
+    if (form.element, form.tile) != ("e4m3", (1, GROUP)) or form.scale not in ("ue8m0", "float32"):
+        return f"{form.name} is not e4m3:1x{GROUP} with scales of ue8m0 or float32"
+    if form.rounding != "nearest":
+        return f"{form.rounding} rounding of codes"
+    if form.amax_floor < NORMAL * form.largest:
+        return f"a floor of {form.amax_floor:.3g}, whose scales come near the subnormals"
+    return None
+
+
 def unsupported_reason(
     x: jax.Array,
     weight: jax.Array | None,
@@ -57,12 +68,8 @@ def unsupported_reason(
         return f"{here.name} is no Hopper GPU"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x is {x.dtype}, neither bfloat16 nor float32"
-    if (form.element, form.tile) != ("e4m3", (1, GROUP)) or form.scale not in ("ue8m0", "float32"):
-        return f"{form.name} is not e4m3:1x{GROUP} with scales of ue8m0 or float32"
-    if form.rounding != "nearest":
-        return f"{form.rounding} rounding of codes"
-    if form.amax_floor < NORMAL * form.largest:
-        return f"a floor of {form.amax_floor:.3g}, whose scales come near the subnormals"
+    if reason := form_reason(form):
+        return reason
     if x.size == 0 or x.shape[1] % GROUP:
         return f"x of shape {x.shape} has no rows of a multiple of {GROUP} columns"
     if eps is not None and x.shape[1] > MOST_COLUMNS:

@@ -1,17 +1,21 @@
 """Routing of few tokens on Hopper in one launch: scores, choice, weights, counts and row order.
 
-1. Every thread block has 64 experts and some of the columns of the router's matrix, which it reads once. float32 is
-   the exact sum of three bfloat16 terms, so that three wgmmas with float32 sums, the experts as M and the tokens as N,
-   multiply bfloat16 tokens in float32's precision. Its partial logits go to device memory.
-2. A thread block has a token: it adds the partial logits in order, scores them, takes the k best one after another (the
-   largest of integers that are ordered as the biased scores are, then the lowest expert that has it), and weighs them.
-3. For each row of its token it counts the rows that sort before it, which is the row's place in the order; and for its
-   share of the experts the rows they get.
+What one warpgroup of a thread block does:
+1. It has some experts and some of the columns of the router's matrix, which it reads once, and hands over its partial
+   logits (multiply_sm90.py).
+2. It has a token: it adds the partial logits in order, scores them, takes the k best, weighs them, and hands over which
+   they are (token_sm90.py).
+3. For each row of its token it counts the rows that sort before it, which is the row's place in the order; the first
+   thread block also counts each expert's rows.
 
-Between the steps thread blocks wait for one another at a semaphore: there are no more than multiprocessors. The
-simulated GPU has no semaphores, and runs three launches. A token's scores, experts and weights depend on no other.
-Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two waits and k reductions:
-10.5 us for one token on an H100, 13.4 for 128 (XLA 12.5 and 81).
+What is handed over are words that are there when they are not 0 (words_sm90.py). The other warpgroup clears those that
+its thread block will wait for while the matrix is loaded, and waits until all thread blocks have done so, which takes a
+semaphore. Thread blocks wait for one another: there are no more than multiprocessors. The simulated GPU, which has no
+semaphores, runs three launches. A token's scores, experts and weights depend on no other.
+
+Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two hand-overs (one for one
+token) and the choice. One token takes 4.9 us on an H200, of which 3.5 pass until partial logits are handed over and 1.3
+until the choice is made; 8 tokens take 5.3 and 16 5.6.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -19,36 +23,26 @@ Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from pallas_kernels.block_matmul.kernel_sm90 import swizzled
-from pallas_kernels.hyper_connection.tiling import TMA_ROWS
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
-from pallas_kernels.mosaic.launch import H100_SMS, sm_count
-from pallas_kernels.quantize_rows.kernel_sm90 import registers
+from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.router import multiply_sm90, words_sm90
 from pallas_kernels.router.reference import Routing
-from pallas_kernels.router.tiling import CHUNK, LANES, TILE, chunks_each, padded_experts
+from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
+from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, place_alone, scratch
+from pallas_kernels.router.words_sm90 import of_float, publish
 
-TERMS = {jnp.dtype(jnp.float32): 3, jnp.dtype(jnp.bfloat16): 1}  # bfloat16 terms of a weight
-LEAST, LARGEST = -(2**31), 2**31 - 1
-
-
-class Rules(NamedTuple):
-    """What the router is told besides its arrays."""
-
-    k: int
-    scoring: str
-    normalize: bool
-    scale: float
+INTERPRETED_BLOCKS = 8  # that multiply
+CLEARS, MULTIPLIES = 1, 0  # which warpgroup
 
 
 def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax.Array | None, rules: Rules) -> Routing:
@@ -56,61 +50,127 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     exist = len(weight)
     weight, bias = filled_up(weight, bias, padded_experts(exist))
     (tokens, columns), count = x.shape, len(weight)
-    chunks = chunks_each(count, columns, H100_SMS if is_interpreted() else sm_count())
-    assert chunks is not None, f"a router of {weight.shape}"
-    parts = columns // (CHUNK * chunks)
-    blocks = count // TILE * parts
-    rows = -(-tokens * rules.k // LANES) * LANES
-    x = jnp.pad(x, ((0, -tokens % TMA_ROWS), (0, 0)))  # a copy of 8 rows must not reach beyond the last
-    int32, float32 = jnp.int32, jnp.float32
-    logits_type = jax.ShapeDtypeStruct((parts, -(-tokens // 8) * 8, count), float32)
-    chosen_types = (
-        jax.ShapeDtypeStruct((tokens, rules.k), int32),
-        jax.ShapeDtypeStruct((tokens, rules.k), float32),
-        jax.ShapeDtypeStruct((tokens, count), float32),
-        jax.ShapeDtypeStruct((rows,), int32),  # the experts again, flat: their tail is not written
-    )
-    placed_types = jax.ShapeDtypeStruct((count,), int32), jax.ShapeDtypeStruct((tokens * rules.k,), int32)
-    multiply_scratch, choose_scratch = scratch(x, weight, chunks)
+    cut = share(tokens, count, columns, INTERPRETED_BLOCKS if is_interpreted() else sm_count())
+    run = interpreted if is_interpreted() else launched
+    routing = run(Plan(tokens, columns, count, weight.dtype.itemsize, rules, cut), x, weight, bias, experts)
+    return routing._replace(scores=routing.scores[:, :exist], counts=routing.counts[:exist])
 
-    def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: dict[str, Any], *inputs: Any) -> Any:
-        return plgpu.kernel(kernel, out_type=out_type, grid=(blocks,), grid_names=("block",), scratch_types=scratch)(
-            *inputs
-        )
 
-    if is_interpreted():
-        (logits,) = launch(
-            lambda *refs, **scratch: multiply(*refs, **scratch, chunks=chunks),
-            (logits_type,), blocks, multiply_scratch, x, weight,
-        )  # fmt: skip
-        *chosen, flat = launch(
-            lambda *refs, **scratch: choose(*refs, **scratch, rules=rules),
-            chosen_types, INTERPRETED_SMS, choose_scratch, logits, bias, experts,
-        )  # fmt: skip
-        placed = launch(lambda *refs: place(*refs, rules=rules), placed_types, INTERPRETED_SMS, {}, flat)
-        return of_first(exist, Routing(*chosen, *placed))
+@dataclass(frozen=True)
+class Plan:
+    """A call's sizes, and what follows from them: shapes of words, of results, and of shared memory."""
 
-    def kernel(x_gmem, weight_gmem, bias_gmem, given_gmem, *outs, terms, tokens_smem, filled, scores):
-        logits_gmem, experts_gmem, weights_gmem, scores_gmem, flat_gmem, counts_gmem, order_gmem = outs
-        step = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+    tokens: int
+    columns: int
+    experts: int
+    weight_bytes: int
+    rules: Rules
+    cut: Share
 
-        def everyone(i: int) -> None:
-            plgpu.semaphore_signal(step.at[i], memory_scope="gpu")
-            plgpu.semaphore_wait(step.at[i], blocks, decrement=False, memory_scope="gpu")
+    @property
+    def blocks(self) -> int:
+        return self.experts // self.cut.experts * self.cut.parts
 
-        buffers = {"terms": terms, "tokens_smem": tokens_smem, "filled": filled}
-        multiply(x_gmem, weight_gmem, logits_gmem, **buffers, chunks=chunks)
-        everyone(0)
-        chosen_gmem = experts_gmem, weights_gmem, scores_gmem, flat_gmem
-        choose(logits_gmem, bias_gmem, given_gmem, *chosen_gmem, scores=scores, rules=rules)
-        everyone(1)
-        place(flat_gmem, counts_gmem, order_gmem, rules=rules)
+    @property
+    def words(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Partial logits by part, token and expert; and what a token has chosen: twice the expert and one."""
+        counts = self.cut.parts * self.tokens * self.experts, self.tokens * MOST_CHOSEN
+        logits, chosen = (jax.ShapeDtypeStruct((count,), jnp.int32) for count in counts)
+        return logits, chosen
 
+    @property
+    def chosen(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        k, tokens = self.rules.k, self.tokens
+        shapes = ((tokens, k), jnp.int32), ((tokens, k), jnp.float32), ((tokens, self.experts), jnp.float32)
+        return tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+
+    @property
+    def placed(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        shapes = (self.experts,), (self.tokens * self.rules.k,)
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        columns = self.columns // self.cut.parts // self.cut.chunks
+        words = multiply_sm90.scratch_words(self.tokens, columns, self.cut.experts, self.weight_bytes)
+        return {"products_smem": plgpu.SMEM((words,), jnp.float32)}
+
+
+def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: Any, *inputs: Any, **threads: Any) -> Any:
+    names = {"grid": (blocks,), "grid_names": ("block",), **threads}
+    return plgpu.kernel(kernel, out_type=out_type, scratch_types=scratch, **names)(*inputs)
+
+
+def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
+    to_choose, to_place = scratch(plan.experts)
+
+    def kernel(
+        x_gmem, weight_gmem, bias_gmem, given_gmem, logits_words, chosen_words, experts_gmem, weights_gmem, scores_gmem,
+        counts_gmem, order_gmem, *, products_smem, scores_smem, keys_smem, cleared, **of_place,
+    ):  # fmt: skip
+        def choose_one(token: Any) -> list[jax.Array]:
+            outs = experts_gmem, weights_gmem, scores_gmem, chosen_words
+            buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
+            return choose(
+                token, logits_words, bias_gmem, given_gmem, *outs, **buffers, rules=plan.rules, parts=plan.cut.parts
+            )
+
+        def place_one(token: Any, chosen: list[jax.Array] | None = None) -> None:
+            place(token, chosen_words, counts_gmem, order_gmem, **of_place, rules=plan.rules, chosen=chosen)
+
+        def meanwhile() -> None:
+            if plan.tokens > 1:
+                clear(of_place["bins_smem"])
+            plgpu.barrier_wait(cleared)
+
+        @pl.when(lax.axis_index("warpgroup") == CLEARS)
+        def _clears():
+            clear_words(plan, logits_words, chosen_words)
+            plgpu.barrier_arrive(cleared)
+
+        @pl.when(lax.axis_index("warpgroup") == MULTIPLIES)
+        def _routes():
+            multiply(plan, x_gmem, weight_gmem, logits_words, products_smem=products_smem, meanwhile=meanwhile)
+            if plan.tokens == 1:
+                each_token(1, lambda token: place_alone(choose_one(token), counts_gmem, order_gmem))
+            elif plan.tokens <= plan.blocks:
+                each_token(plan.tokens, lambda token: place_one(token, choose_one(token)))
+            else:
+                each_token(plan.tokens, choose_one)
+                each_token(plan.tokens, place_one)
+
+    buffers = plan.scratch | to_choose | to_place | {"cleared": plgpu.Barrier()}
     outs = launch(
-        kernel, (logits_type, *chosen_types, *placed_types), blocks, multiply_scratch | choose_scratch,
-        x, weight, bias, experts,
+        kernel, (*plan.words, *plan.chosen, *plan.placed), plan.blocks, buffers, x, weight, bias, experts,
+        num_threads=2, thread_name="warpgroup",
     )  # fmt: skip
-    return of_first(exist, Routing(*outs[1:4], *outs[5:]))
+    return Routing(*outs[len(plan.words) :])
+
+
+def interpreted(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
+    """What the simulated GPU, which has no semaphores, runs in their place: three launches."""
+    (logits_words, chosen_words), (to_choose, to_place) = plan.words, scratch(plan.experts)
+    (logits,) = launch(
+        lambda *refs, **scratch: multiply(plan, *refs, **scratch),
+        (logits_words,), plan.blocks, plan.scratch, x, weight,
+    )  # fmt: skip
+
+    def choose_all(*refs: Any, **scratch: Any) -> None:
+        each_token(plan.tokens, lambda token: choose(token, *refs, **scratch, rules=plan.rules, parts=plan.cut.parts))
+
+    def place_all(words_gmem: Any, *refs: Any, bins_smem: Any, **scratch: Any) -> None:
+        if plan.tokens == 1:
+            chosen = [words_gmem[j] >> 1 for j in range(plan.rules.k)]
+            each_token(1, lambda _: place_alone(chosen, *refs))
+            return
+        clear(bins_smem)
+        buffers = {"bins_smem": bins_smem, **scratch, "rules": plan.rules}
+        each_token(plan.tokens, lambda token: place(token, words_gmem, *refs, **buffers))
+
+    types = *plan.chosen, chosen_words
+    *chosen, words = launch(choose_all, types, INTERPRETED_SMS, to_choose, logits, bias, experts)
+    placed = launch(place_all, plan.placed, INTERPRETED_SMS, to_place, words)
+    return Routing(*chosen, *placed)
 
 
 def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
@@ -124,150 +184,54 @@ def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[ja
     return jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
 
 
-def of_first(count: int, routing: Routing) -> Routing:
-    return routing._replace(scores=routing.scores[:, :count], counts=routing.counts[:count])
-
-
-def scratch(x: jax.Array, weight: jax.Array, chunks: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    padded = -(-len(x) // 8) * 8
-    return (
-        {
-            "terms": plgpu.SMEM((TERMS[weight.dtype], TILE, CHUNK), jnp.bfloat16, transforms=swizzled(2)),
-            "tokens_smem": plgpu.SMEM((chunks, padded, CHUNK), jnp.bfloat16, transforms=swizzled(2)),
-            "filled": plgpu.Barrier(num_arrivals=chunks),
-        },
-        {"scores": plgpu.SMEM((len(weight),), jnp.float32)},
-    )
-
-
-def multiply(x_gmem, weight_gmem, logits_gmem, *, terms, tokens_smem, filled, chunks: int) -> None:
-    """Partial logits of 64 experts and `chunks` chunks."""
-    parts, tokens, _ = logits_gmem.shape
-    block = lax.axis_index("block")
-    tile, part = lax.div(block, parts), lax.rem(block, parts)
-    experts, layout = pl.ds(tile * TILE, TILE), registers(TILE)
-
-    def columns(c: Any) -> Any:
-        return pl.ds((part * chunks + c) * CHUNK, CHUNK)
-
-    for c in range(chunks):  # rows behind the last token come as zeros
-        plgpu.copy_gmem_to_smem(x_gmem.at[pl.ds(0, tokens), columns(c)], tokens_smem.at[c], filled)
-
-    def of_chunk(c: Any) -> jax.Array:
-        rest = plgpu.load(weight_gmem.at[experts, columns(c)], layout=layout, optimized=False)
-        for term in range(terms.shape[0]):
-            rounded = rest.astype(jnp.bfloat16)
-            terms[term] = rounded
-            rest = rest - rounded.astype(rest.dtype)
-        plgpu.commit_smem()
-        pl.when(c == 0)(lambda: plgpu.barrier_wait(filled))
-
-        def product(accumulator):
-            for term in reversed(range(terms.shape[0])):  # small ones first
-                plgpu.wgmma(accumulator, terms.at[term], tokens_smem.at[c].T)
-            return accumulator[...]
-
-        return pl.run_scoped(product, plgpu.ACC((TILE, tokens), jnp.float32))
-
-    sums = of_chunk(0)
-    if chunks > 1:
-        sums = lax.fori_loop(1, chunks, lambda c, sums: sums + of_chunk(c), sums)
-    sums = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
-    logits_gmem.at[part, :, experts].T[...] = sums
-
-
-def choose(
-    logits_gmem, bias_gmem, given_gmem, experts_gmem, weights_gmem, scores_gmem, flat_gmem, *, scores, rules: Rules
+def multiply(
+    plan: Plan, x_gmem, weight_gmem, words_gmem, *, products_smem, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
-    """Scores, experts and weights of the block's tokens."""
-    parts, _, count = logits_gmem.shape
-    layout = expert_lanes(parts)
-    of_one = layout.reduce(0)
+    """Hands over partial logits of the block's experts and columns. meanwhile: done while they are loaded."""
+    tokens, columns, count, cut = plan.tokens, plan.columns, plan.experts, plan.cut
+    block = lax.axis_index("block")
+    tile, part = lax.div(block, cut.parts), lax.rem(block, cut.parts)
+    width = columns // cut.parts // cut.chunks
+    first = part * (tokens * count) + tile * cut.experts
 
-    @pl.loop(0, own(experts_gmem.shape[0]))
-    def _tokens(i):
-        token = lax.axis_index("block") + i * lax.axis_size("block")
-        logits = jnp.sum(plgpu.load(logits_gmem.at[:, token], layout=layout, optimized=False), axis=0)
-        score = scored(logits, rules.scoring)
-        scores_gmem[token] = score
-        scores[...] = score
-        if given_gmem is None:
-            biased = score
-            if bias_gmem is not None:
-                biased = score + plgpu.load(bias_gmem, layout=of_one, optimized=False).astype(jnp.float32)
-            chosen = best(biased, rules.k, of_one)
-        else:
-            chosen = [given_gmem[token, j] for j in range(rules.k)]
-        weights = [scores[expert] for expert in chosen]
-        if rules.normalize and rules.scoring != "softmax":
-            total = jnp.maximum(sum(weights[1:], weights[0]), 1e-20)
-            weights = [weight / total for weight in weights]
-        for j, (expert, weight) in enumerate(zip(chosen, weights, strict=True)):
-            experts_gmem[token, j] = expert
-            flat_gmem[token * rules.k + j] = expert
-            weights_gmem[token, j] = weight * rules.scale
+    def of_chunk(c: Any) -> tuple[Any, Any, Any]:
+        chosen = pl.ds((part * cut.chunks + c) * width, width)
+        return x_gmem.at[:, chosen], weight_gmem.at[pl.ds(tile * cut.experts, cut.experts), chosen], products_smem
+
+    def logits_of(c: Any) -> jax.Array:
+        multiply_sm90.start(*of_chunk(c))
+        return multiply_sm90.products(*of_chunk(c))
+
+    multiply_sm90.start(*of_chunk(0))
+    meanwhile()
+    logits = multiply_sm90.products(*of_chunk(0))
+    if cut.chunks > 1:
+        logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + logits_of(c), logits)
+    publish(words_gmem, first, count, of_float(logits), (tokens, cut.experts))
 
 
-def best(biased: jax.Array, k: int, layout: Any) -> list[jax.Array]:
-    """The experts of the k largest, ties to the lower one; NaN is the largest, as for lax.top_k."""
-    count = len(biased)
-    place = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
-    bits = lax.bitcast_convert_type(biased + 0.0, jnp.int32)  # one zero
-    key = jnp.where(bits < 0, bits ^ LARGEST, bits)
-    key = jnp.where(biased != biased, LARGEST, key)
-    chosen = []
-    for _ in range(k):
-        expert = jnp.min(jnp.where(key == jnp.max(key), place, count))
-        key = jnp.where(place == expert, LEAST, key)  # below any number's key
-        chosen.append(expert)
-    return chosen
+def clear_words(plan: Plan, logits_words, chosen_words) -> None:
+    """Of the block's tokens, for which it will wait; nobody hands over words before all have done so."""
+    tokens, count = plan.tokens, plan.experts
+    cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+    def of_token(token: Any) -> None:
+        words_sm90.clear(logits_words, token * count, tokens * count, (plan.cut.parts, count))
+        words_sm90.clear(chosen_words, token * MOST_CHOSEN, 0, (1, MOST_CHOSEN))
+
+    each_token(tokens, of_token)
+    plgpu.semaphore_signal(cleared, memory_scope="gpu")
+    plgpu.semaphore_wait(cleared, plan.blocks, decrement=False, memory_scope="gpu")
 
 
-def place(flat_gmem, counts_gmem, order_gmem, *, rules: Rules) -> None:
-    """Where the rows of the block's tokens are when all are sorted by expert, and how many rows its experts get."""
-    (rows,), k = order_gmem.shape, rules.k
-    layout = plgpu.Layout.WG_STRIDED(flat_gmem.shape, vec_size=1)
-    row_of = plgpu.broadcasted_iota(jnp.int32, flat_gmem.shape, 0, layout=layout)
-    flat = plgpu.load(flat_gmem, layout=layout, optimized=False)
-    flat = jnp.where(row_of < rows, flat, LARGEST)
+def each_token(tokens: int, of_one: Callable[[Any], Any]) -> None:
+    """Calls `of_one` with each of the block's tokens."""
     block, blocks = lax.axis_index("block"), lax.axis_size("block")
-
-    @pl.loop(0, own(rows // k))
-    def _tokens(i):
-        for j in range(k):
-            row = (block + i * blocks) * k + j
-            expert = flat_gmem[row]
-            before = (flat < expert) | ((flat == expert) & (row_of < row))
-            order_gmem[jnp.sum(before.astype(jnp.int32))] = row
-
-    @pl.loop(0, own(counts_gmem.shape[0]))
-    def _experts(i):
-        expert = block + i * blocks
-        counts_gmem[expert] = jnp.sum((flat == expert).astype(jnp.int32))
+    if tokens <= blocks:
+        pl.when(block < tokens)(lambda: ignore(of_one(block)))
+    else:
+        pl.loop(0, lax.div(tokens - block + blocks - 1, blocks))(lambda i: ignore(of_one(block + i * blocks)))
 
 
-def scored(logits: jax.Array, scoring: str) -> jax.Array:
-    """`reference.router`'s scores, in what Pallas has."""
-    if scoring == "softmax":
-        powers = jnp.exp(logits - jnp.max(logits))
-        return powers / jnp.sum(powers)
-    if scoring == "sigmoid":
-        return 1 / (1 + jnp.exp(-logits))
-    power = jnp.exp(-jnp.abs(logits))
-    sum_ = 1 + power
-    # log(1 + power) without what the sum has lost.
-    log1p = jnp.where(sum_ == 1, power, jnp.log(sum_) * power / jnp.where(sum_ == 1, 1.0, sum_ - 1))
-    return jnp.sqrt(jnp.maximum(jnp.maximum(logits, 0) + log1p, float(np.finfo(np.float32).tiny)))
-
-
-def own(count: int) -> jax.Array:
-    """How many of `count` items the block has: items block, block + blocks .."""
-    block, blocks = lax.axis_index("block"), lax.axis_size("block")
-    return lax.div(count - block + blocks - 1, blocks)
-
-
-def expert_lanes(parts: int) -> Any:
-    """How a warpgroup holds [parts, experts]: four neighbours a thread; parts over as many warps as divide them."""
-    warps = math.gcd(parts, 4)
-    warp_dims = {4: (-3,), 2: (plgpu.Replicated(2), -3), 1: (plgpu.Replicated(4),)}[warps]
-    return plgpu.Layout.TILED(plgpu.Tiling(((warps, LANES), (4,))), warp_dims, (-2,), -1)
+def ignore(result: Any) -> None:
+    del result

@@ -9,16 +9,14 @@ import jax.numpy as jnp
 
 from pallas_kernels import device
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import H100_SMS, sm_count
 from pallas_kernels.router import reference
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.router.tiling import (
-    CHUNK,
     LANES,
     MOST_CHOSEN,
     MOST_EXPERTS,
     MOST_TOKENS,
-    chunks_each,
+    STEP,
     padded_experts,
 )
 from pallas_kernels.straight_through import straight_through
@@ -56,12 +54,8 @@ def unsupported_reason(
         return f"there are {count} experts: it takes at least the {k} that a token takes, up to {MOST_EXPERTS}"
     if scoring == "softmax" and count != padded_experts(count):
         return f"softmax over {count} experts: it takes multiples of {LANES}, for others are filled up to one"
-    if (
-        columns % CHUNK
-        or columns == CHUNK
-        or chunks_each(padded_experts(count), columns, H100_SMS if is_interpreted() else sm_count()) is None
-    ):
-        return f"a matrix of {(count, columns)}: it takes parts of {CHUNK} columns, 2 to what the device holds"
+    if columns == 0 or columns % STEP:
+        return f"a matrix of {(count, columns)}: it takes multiples of {STEP} columns"
     if experts is not None and experts.dtype != jnp.int32:
         return f"the given experts are {experts.dtype}: it takes int32"
     return None

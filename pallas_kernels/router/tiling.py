@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-TILE = 64  # experts of a wgmma
-CHUNK = 128  # columns that are multiplied at a time
-LANES = 128  # what rows and experts are padded to as vectors of a warpgroup
+from dataclasses import dataclass
+
+LANES = 128  # what experts are padded to: a vector of a warpgroup
+STEP = 64  # columns that a warpgroup multiplies at a time
 MOST_TOKENS = 128
 MOST_CHOSEN = 8
 MOST_EXPERTS = 512
-MOST_CHUNKS = 4  # of a thread block, whose tokens' columns have to fit in shared memory
+TILES = (16, 32, 48, 64)  # experts of a thread block
+_BYTES = 215_000  # of shared memory, for what is multiplied at a time
 
 
-def chunks_each(experts: int, columns: int, blocks: int) -> int | None:
-    """Chunks of 64 experts that a thread block multiplies: as few as take no more than `blocks`. None: too many.
+@dataclass(frozen=True)
+class Share:
+    """What a thread block multiplies: `experts` rows of the matrix, and of their columns one of `parts` equal parts,
+    in `chunks` turns."""
 
-    Blocks wait for one another: there may be no more than run at once, one a multiprocessor.
+    experts: int
+    parts: int
+    chunks: int
+
+
+def share(tokens: int, experts: int, columns: int, blocks: int) -> Share:
+    """The share of most thread blocks, no more than `blocks`, and of those the one of fewest parts.
+
+    Blocks wait for one another: there may be no more than run at once, one a multiprocessor. (64 tokens, 256 experts
+    on an H200: 7.2 us with 16 experts and 8 parts, 8.2 with 32 and 16.)
     """
-    chunks, tiles = columns // CHUNK, experts // TILE
-    fitting = (c for c in range(1, MOST_CHUNKS + 1) if chunks % c == 0 and tiles * chunks // c <= blocks)
-    return next(fitting, None)
+    found = [
+        Share(tile, parts, _chunks(tokens, tile, columns // parts))
+        for tile in TILES
+        if experts % tile == 0
+        for parts in range(1, columns // STEP + 1)
+        if columns % (STEP * parts) == 0 and experts // tile * parts <= blocks
+    ]
+    return min(found, key=lambda cut: (-(experts // cut.experts * cut.parts), cut.parts))
+
+
+def _chunks(tokens: int, tile: int, columns: int) -> int:
+    steps, of_step = columns // STEP, STEP * (4 * tile + 2 * (tokens + 7))
+    return next(n for n in range(1, steps + 1) if steps % n == 0 and steps // n * of_step <= _BYTES)
 
 
 def padded_experts(count: int) -> int:

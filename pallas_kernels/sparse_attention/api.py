@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.quant import Pages, Rows
+from pallas_kernels.rotary import Rotation
 from pallas_kernels.sparse_attention import prefill_blocks, prefill_sm90, reference, sm90
 from pallas_kernels.typing import typed
 
@@ -42,6 +43,7 @@ def sparse_attention(
     sink: Float[Array, " H"] | None,
     *,
     scale: float,
+    rotation: Rotation | None = None,
     implementation: str = "auto",
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
     """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
@@ -50,10 +52,12 @@ def sparse_attention(
     beyond the count is not read either, and may be anything. An entry that is named twice counts twice. Entries are
     keys and values at once; quantised ones (Rows, Pages) are dequantised as they are read. Returns the output in q's
     dtype and the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
+    rotation, cosines and sines [B, T, half]: the last channels of each token's output are turned by it, before they
+    are rounded to q's dtype. With the inverse of the token's own rotation this undoes what rotated values carry.
     """
     return DECODE(
         q, window, window_index, compressed, compressed_index, compressed_count, sink,
-        scale=scale, implementation=implementation,
+        scale=scale, rotation=rotation, implementation=implementation,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Attention of one query over several lists of entries, of what it is over each: the last step of a split, on Hopper.
 
-    lse = log sum_s exp(lse[s]),   out = sum_s exp(lse[s] - lse) out[s] / (1 + exp(sink - lse))
+    lse = log sum_s exp(lse[s]),   out = turn(sum_s exp(lse[s] - lse) out[s] / (1 + exp(sink - lse)))
 
 A thread block is one warpgroup, which takes heads: four channels a thread. All parts of a head are asked for before
 the first is needed, and added in their order. Bound: 4 S bytes a channel, which were written last and are in the L2
@@ -21,18 +21,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.sparse_attention.turn_sm90 import turned
 
 PER_SM = 8  # thread blocks
 
 
-def combine(out: jax.Array, lse: jax.Array, sink: jax.Array | None, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def combine(
+    out: jax.Array, lse: jax.Array, sink: jax.Array | None, factors: jax.Array | None, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
     """out [N, H, K] of type dtype and lse [N, H] of out float32 [S, N, H, K], lse [S, N, H] without the sink [H].
 
-    Where no part has an entry, 0 and -inf.
+    Where no part has an entry, 0 and -inf. factors: see `turn_sm90.factors`, None where nothing is turned.
     """
     splits, queries, heads, width = out.shape
 
-    def kernel(parts_gmem, lses_gmem, sink_gmem, out_gmem, lse_gmem):
+    def kernel(parts_gmem, lses_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem):
         layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // 128)
 
         def all_over(x: jax.Array) -> jax.Array:
@@ -55,7 +58,11 @@ def combine(out: jax.Array, lse: jax.Array, sink: jax.Array | None, dtype: jnp.d
                 share = share / (1 + jnp.exp(all_over(sink_gmem[head]) - together))
             share = jnp.where(some, share, 0.0)
             added = functools.reduce(jnp.add, [w * x for w, x in zip(weights, parts, strict=True)])
-            out_gmem[query, head] = (added * share).astype(dtype)
+            added = added * share
+            if factors_gmem is not None:
+                cos, sin = (plgpu.load(factors_gmem.at[query, i], layout=layout, optimized=False) for i in range(2))
+                added = turned(added, cos, sin, layout)
+            out_gmem[query, head] = added.astype(dtype)
             lse_gmem[query, pl.ds(head, 1)] = together[:1]
 
     return plgpu.kernel(
@@ -69,4 +76,4 @@ def combine(out: jax.Array, lse: jax.Array, sink: jax.Array | None, dtype: jnp.d
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(out, lse, sink)
+    )(out, lse, sink, factors)

@@ -1,4 +1,4 @@
-"""Sparse decode attention on Hopper: 64 heads of one query over the entries that its indices name.
+"""Sparse decode attention on Hopper: 64 heads of one query, few entries a thread block; for many, see `many`.
 
     s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
 
@@ -19,14 +19,8 @@ their own, E[n] (see convert_sm90), which logits are multiplied by and weights t
 multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 15), M the running maximum of t + log2 E.
 
 The order of a query's sums depends on its own entries and on how many queries there are.
-Bounds, for each 64 entries: 37376 bytes, which is 1.65 us of an SM's share of 3.0 TB/s; 2 x 64 x 64 x 512 products,
-2048 cycles of wgmma, 1.17 us at 1.75 GHz; about 360 KB through shared memory and the L1 cache it is part of (entries
-in, as float16, and out to wgmma twice, q out), 2800 cycles; 440 instructions of each gathering warp, 440 of each
-multiplying one.
-Measured on an H100, 64 heads, 128 + 512 entries: 42.0 us for 128 queries and 78.7 for 256, 46 and 49 % of the bytes
-over 3.35 TB/s; 10.9 us for one; 209 us for 64 queries of 128 + 8192; 124 us for 128 queries of 128 heads, 128 + 1024.
-Without loads an earlier version took 29.0 us for the first, without the products of weights and entries besides 25.4:
-what binds is the wait of gathering warpgroups for their loads, and then the multiplying ones' turns.
+Bounds, for each 64 entries: 2048 cycles of wgmma; 360 KB through shared memory and L1 cache, 2800 cycles.
+Measured on an H200: one query of 128 + 512 entries, divided among ten thread blocks, 10.7 us.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -50,6 +44,7 @@ from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.products_sm90 import add_products
+from pallas_kernels.sparse_attention.turn_sm90 import turned
 
 HEADS = 64  # of a thread block: wgmma's M
 CONSUMERS = 2
@@ -68,6 +63,7 @@ def attend(
     q: jax.Array,
     sources: Sequence[tuple[Layout, Source]],
     sink: jax.Array | None,
+    factors: jax.Array | None,
     *,
     tokens: int,
     scale: float,
@@ -77,6 +73,7 @@ def attend(
 
     K is a multiple of 128. All sources have entries in the same format; their channels are those of their codes, filled
     up with zeros to a multiple of 64, and then of what is bfloat16, filled up to K. sink float32 [H], None for none.
+    factors: see `turn_sm90.factors`, None where nothing is turned.
     With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
     float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
@@ -88,7 +85,7 @@ def attend(
     assert (heads % HEADS, width % (CONSUMERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
-    def kernel(q_gmem, sources_gmem, sink_gmem, out_gmem, lse_gmem, **scratch):
+    def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
         q_smem, entries_smem, weights_smem = (scratch[name] for name in ("q", "entries", "weights"))
         measures_smem, measure_smem = scratch["measures"], scratch["measure"]
         top_smem, fade_smem, sums_smem = (scratch[name] for name in ("top", "fade", "sums"))
@@ -225,6 +222,17 @@ def attend(
                     sink2 = plgpu.load(sink_gmem.at[heads_gmem], layout=PER_HEAD, optimized=False) * LOG2_E
                     share = share / (1 + jnp.exp2(sink2 - lse2))
                 sums = [x * lax.broadcast_in_dim(share, x.shape, [0]) for x in sums]
+
+                def of_piece(i):
+                    """The factors of a piece of this warpgroup's channels, alike for all heads."""
+                    here = pl.ds(warpgroup * half + i * each, each)
+                    both = [
+                        plgpu.load(factors_gmem.at[query, j, here], layout=PER_ENTRY, optimized=False) for j in range(2)
+                    ]
+                    return [lax.broadcast_in_dim(x, (HEADS, each), [1]) for x in both]
+
+                if factors_gmem is not None and splits == 1:
+                    sums = [turned(x, *of_piece(i), plgpu.Layout.WGMMA) for i, x in enumerate(sums)]
                 pieces = [pl.ds(i * each, each) for i in range(len(sums))]
 
                 @pl.when(warpgroup == 0)
@@ -279,7 +287,7 @@ def attend(
             "scored": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
             "summed": plgpu.Barrier(num_arrivals=CONSUMERS),
         },
-    )(lax.bitcast_convert_type(q, jnp.float16), held, sink)
+    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
     return (out, lse) if splits > 1 else (lax.bitcast_convert_type(out[0], q.dtype), lse[0])
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quant import Pages, Rows, decode_rows, take_paged, take_rows
+from pallas_kernels.rotary import Rotation, turn
 
 # Queries a block of the banded form: its logits are [BLOCK, width + BLOCK] instead of [T, T].
 BLOCK = 128
@@ -24,6 +25,7 @@ def sparse_attention(
     sink: jax.Array | None,
     *,
     scale: float,
+    rotation: Rotation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     parts = [over_named(q, window, window_index, scale)]
     if compressed is not None:
@@ -34,7 +36,7 @@ def sparse_attention(
             compressed = _in_order(compressed, q.shape[0])
             seen = _first(compressed.shape[1], compressed_count)
             parts.append(over_shared(q, plain(compressed, q.dtype), seen, scale))
-    return combine(parts, sink, q)
+    return combine(parts, sink, q, rotation)
 
 
 def sparse_attention_prefill(
@@ -97,7 +99,10 @@ def over_shared(q: jax.Array, entries: jax.Array, seen: jax.Array, scale: float)
 
 
 def combine(
-    parts: Sequence[tuple[jax.Array, jax.Array]], sink: jax.Array | None, q: jax.Array
+    parts: Sequence[tuple[jax.Array, jax.Array]],
+    sink: jax.Array | None,
+    q: jax.Array,
+    rotation: Rotation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax over all parts, logits and values; values have one axis less where queries share their entries."""
     logits, values = zip(*parts, strict=True)
@@ -115,7 +120,10 @@ def combine(
         # exp(lse) / (exp(lse) + exp(sink)), the part of the softmax that the entries keep.
         finite = jnp.where(some, lse, 0.0) - jnp.expand_dims(sink.astype(jnp.float32), range(lse.ndim - 1))
         share = share * jax.nn.sigmoid(finite)
-    return (out * jnp.where(some, share, 0.0)[..., None]).astype(q.dtype), lse
+    out = out * jnp.where(some, share, 0.0)[..., None]
+    if rotation is not None:
+        out = turn(out, rotation.shared(-2))
+    return out.astype(q.dtype), lse
 
 
 def _weighted(weights: jax.Array, values: jax.Array, q: jax.Array) -> jax.Array:

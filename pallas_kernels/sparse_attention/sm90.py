@@ -12,6 +12,7 @@ from pallas_kernels.block_matmul.sm90 import device_reason
 from pallas_kernels.mosaic.launch import sm_count
 from pallas_kernels.quant import Pages, Rows
 from pallas_kernels.quant.pages import page_bytes, page_layout
+from pallas_kernels.rotary import Rotation
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.tiling import splits
@@ -24,7 +25,8 @@ WIDTH = 512  # channels at most
 TILE = 64  # channels that share a scale
 PIECE = 16  # bytes that are loaded at once
 MOST_QUERIES = 4  # of a sequence
-LIST = 32  # entries of a list that are loaded at once
+MANY = 4  # blocks of a thread block, from which on it takes the kernel for many
+LIST = 64  # entries of a list that are loaded at once
 
 
 def unsupported_reason(
@@ -37,9 +39,10 @@ def unsupported_reason(
     sink: jax.Array | None,
     *,
     scale: float,
+    rotation: Rotation | None = None,
 ) -> str | None:
     """Why the kernel does not take this call, None if it does."""
-    del compressed_index, compressed_count, sink, scale
+    del compressed_index, compressed_count, sink, scale, rotation
     if reason := device_reason():
         return reason
     _, tokens, heads, width = q.shape
@@ -94,9 +97,10 @@ def attend(
     sink: jax.Array | None,
     *,
     scale: float,
+    rotation: Rotation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The op, with the kernel. Its gradients are the reference's, which gathers and computes everything again."""
-    return _attend(scale, q, window, window_index, compressed, compressed_index, compressed_count, sink)
+    return _attend(scale, q, window, window_index, compressed, compressed_index, compressed_count, sink, rotation)
 
 
 def _forward(scale: float, *args: Any) -> tuple[Any, Any]:
@@ -104,15 +108,16 @@ def _forward(scale: float, *args: Any) -> tuple[Any, Any]:
 
 
 def _backward(scale: float, args: Any, cotangents: Any) -> tuple[Any, ...]:
-    q, window, window_index, compressed, compressed_index, compressed_count, sink = args
+    q, window, window_index, compressed, compressed_index, compressed_count, sink, rotation = args
 
     def again(q: jax.Array, window: Any, compressed: Any, sink: Any) -> Any:
         named = (compressed_index, compressed_count)
-        return reference.sparse_attention(q, window, window_index, compressed, *named, sink, scale=scale)
+        how = {"scale": scale, "rotation": rotation}
+        return reference.sparse_attention(q, window, window_index, compressed, *named, sink, **how)
 
     _, pull = jax.vjp(again, q, window, compressed, sink)
     of_q, of_window, of_compressed, of_sink = pull(cotangents)
-    return of_q, of_window, None, of_compressed, None, None, of_sink
+    return of_q, of_window, None, of_compressed, None, None, of_sink, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -125,8 +130,11 @@ def _attend(
     compressed_index: jax.Array | None,
     compressed_count: jax.Array | None,
     sink: jax.Array | None,
+    rotation: Rotation | None,
 ) -> tuple[jax.Array, jax.Array]:
-    from pallas_kernels.sparse_attention import combine_sm90, entries_sm90, kernel_sm90  # Pallas is slow to import
+    # Pallas is slow to import.
+    from pallas_kernels.sparse_attention import combine_sm90, entries_sm90, kernel_sm90, turn_sm90
+    from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
 
     batch, tokens, heads, width = q.shape
     sources = []
@@ -140,9 +148,14 @@ def _attend(
     sink = None if sink is None else _filled(sink.astype(jnp.float32), 0, filled)
     blocks = sum(-(-layout.most // entries_sm90.BLOCK) for layout, _ in sources)
     parts = splits(batch * tokens * filled // HEADS, blocks, sm_count())
-    out, lse = kernel_sm90.attend(flat, sources, sink, tokens=tokens, scale=scale, splits=parts)
+    factors = None
+    if rotation is not None:
+        begin, size = spread[-1]
+        factors = turn_sm90.factors(rotation, flat.shape[-1], begin + size)
+    kernel = many_sm90 if blocks >= MANY * parts else kernel_sm90
+    out, lse = kernel.attend(flat, sources, sink, factors, tokens=tokens, scale=scale, splits=parts)
     if parts > 1:
-        out, lse = combine_sm90.combine(out, lse, sink, q.dtype)
+        out, lse = combine_sm90.combine(out, lse, sink, factors, q.dtype)
     out = jnp.concatenate([out[:, :heads, begin : begin + size] for begin, size in spread], axis=-1)
     return out.reshape(q.shape), lse[:, :heads].reshape(q.shape[:-1])
 

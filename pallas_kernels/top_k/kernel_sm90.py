@@ -4,20 +4,21 @@ Scores become int32 keys that are ordered as they are: one zero, and NaN above i
 neighbours can hold its k best: those that come first by (largest key down, place up). For if an entry is in none of
 them, each of them has one that comes before it. So there are two kernels:
 
-1. Many thread blocks a row: the largest key of every tile. Bound by the scores' bytes.
-2. One thread block of some warpgroups a row: the k tiles, their entries that are not below the least of the tiles, the
-   k best of these, and their order. A short row is one whose tiles are single entries.
+1. Many thread blocks a row: the largest key of every tile (maxima.py). Bound by the scores' bytes.
+2. One thread block of some warpgroups a row: the k tiles, their entries that are not below the least of the tiles, and
+   the order of these, of which the k best are wanted. A short row is one whose tiles are single entries.
 
 A choice of k of n keys in shared memory: the range from the least to the largest in 256 bins, a count of the keys in
 each; then the bin that holds the last one needed in 256 bins, and so on, until a bin holds no more than are needed,
-or, of tiles, few more: they do no harm. If equal keys are more than that, the same over indices. What is chosen is put
-down in any order: k pairs (key, index) that differ, so a bitonic sort leaves one order.
+or, of tiles, few more: they do no harm. If equal keys are more than that, the same over indices.
+The order of the few that are left: their ranks, from the bins they fall into (rank.py). Where a bin holds many, or they
+are many, the k best are chosen first and sorted (sort.py): pairs (key, index) differ, so there is one order.
 
-Bound: 4 N bytes a row / 3.35 TB/s. On an H100, normal scores: 512 of 262144 in 16.5 us, of which the maxima take 2.3
-(XLA's sort: 54); for 32 rows 33.0 us (1948; bound 10), measured with maxima of blocks of 4096 entries, which took 14.9
-us where those of 2048 had taken 14.2; 512 of 8192 for 128 rows 11.8 us (95), of 16384 for 2048 rows 154 us (2550). Few
-entries are latency: 512 of 1024 take 6.3 us (10.8). Where scores are rounded to integers, equal keys are told apart by
-their indices: one row of 262144 takes 25 us.
+Bound: 4 N bytes a row / 3.35 TB/s. On an H200, normal scores: 512 of 262144 in 9.9 us (14.9 with a sort), of which the
+maxima take 1.4; for 32 rows 21 us (27), the maxima 10.3; 512 of 65536 for 32 rows 12.3 us (16.0), 512 of 8192 for 128
+rows 7.8 us. Of the second kernel's 15 000 cycles at one row loading the maxima takes 2200, counting them 3000, keeping
+the tiles 2900, their entries 3300 and the order 3800. Where scores are rounded to halves, equal keys are told apart by
+their indices and the best are sorted: one row of 262144 takes 20 us.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -34,72 +35,34 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.top_k import team
+from pallas_kernels.top_k import rank, team
+from pallas_kernels.top_k.look_up import look_up, look_up_four
+from pallas_kernels.top_k.maxima import LARGEST, LEAST, WITHOUT_BARRIERS, maxima, ordered
 from pallas_kernels.top_k.sort import in_order
-from pallas_kernels.top_k.team import Team
-from pallas_kernels.top_k.tiling import BLOCK, RowTiling
+from pallas_kernels.top_k.team import LANES, Team
+from pallas_kernels.top_k.tiling import RowTiling
 from pallas_kernels.top_k.warpgroup import (
     BINS,
+    NOWHERE,
     append,
     bound,
     count,
     find,
     in_lanes,
-    look_up,
     put,
     width,
 )
 
-LEAST, LARGEST = -(2**31), 2**31 - 1
 DIGIT = 8
+MOST_ALIKE = 48  # pairs of one bin up to which each is compared with all of them, not sorted
 TURNS = 3  # bins: those that are counted in, those of the next time, and those that somebody may still read
-WITHOUT_BARRIERS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)
 
 
 def top_k(scores: jax.Array, k: int, counts: jax.Array, tiling: RowTiling) -> jax.Array:
     """`reference.top_k` of scores [rows, C] float32 and counts [rows] int32; tiling.py has the limits."""
-    counts = jnp.clip(counts, 0, scores.shape[1])
     if tiling.tile == 1:
         return choose(scores, scores, counts, k, tiling)
     return choose(scores, maxima(scores, counts, tiling.tile), counts, k, tiling)
-
-
-def ordered(scores: jax.Array) -> jax.Array:
-    """int32 keys of float32 scores, all above LEAST."""
-    bits = lax.bitcast_convert_type(scores, jnp.int32)
-    key = bits ^ ((bits >> 31) & LARGEST)
-    key = jnp.where(key == -1, 0, key)  # -0
-    return jnp.where(scores != scores, LARGEST, key)
-
-
-def maxima(scores: jax.Array, counts: jax.Array, tile: int) -> jax.Array:
-    """int32 [rows, C / tile]: the largest key of each tile of which a row shows something."""
-    rows, columns = scores.shape
-    tiles = BLOCK // tile
-    shape, lanes = (tiles, tile), tile // 4
-    per_warp = 32 // lanes
-    tiles_in_warps = plgpu.Tiling(((4 * per_warp, tile), (per_warp, tile), (4,)))
-    layout = plgpu.Layout.TILED(tiles_in_warps, (-5,), (-3, -2), -1)
-
-    def kernel(scores_gmem, counts_gmem, maxima_gmem):
-        row, first = lax.axis_index("row"), lax.axis_index("block") * tiles
-        shown = counts_gmem[row] - first * tile
-
-        @pl.when(shown > 0)
-        def _maxima():
-            here = pl.ds(first, tiles)
-            x = plgpu.load(scores_gmem.at[row, here], layout=layout, optimized=False)
-            place = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) * tile
-            place = place + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-            maxima_gmem[row, here] = jnp.max(jnp.where(place < shown, ordered(x), LEAST), axis=1)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((rows, columns // tile), jnp.int32),
-        grid=(rows, columns // BLOCK),
-        grid_names=("row", "block"),
-        compiler_params=WITHOUT_BARRIERS,
-    )(scores.reshape(rows, columns // tile, tile), counts)
 
 
 class Limit(NamedTuple):
@@ -120,21 +83,23 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         "all_keys": plgpu.SMEM((tiling.held_keys,), jnp.int32),
         "all_places": plgpu.SMEM((tiling.held_places,), jnp.int32),
         "picked": plgpu.SMEM((tiling.picked,), jnp.int32),
-        "bins": plgpu.SMEM((TURNS, BINS), jnp.int32),
-        "sizes": plgpu.SMEM((3,), jnp.int32),
-        "bounds": plgpu.SMEM((2,), jnp.int32),
+        "bins": plgpu.SMEM((TURNS, BINS + NOWHERE), jnp.int32),
+        "state": plgpu.SMEM((6,), jnp.int32),  # one: each takes a kilobyte of shared memory
         **team.scratch(warpgroups),
     }
+    if tiling.ranked:
+        scratch |= {name: plgpu.SMEM((rank.HELD_BINS,), jnp.int32) for name in ("ranks", "ends")}
 
     def kernel(
         scores_gmem, tops_gmem, counts_gmem, chosen_gmem,
-        *, all_keys, all_places, picked, bins, sizes, bounds, barrier=None,
+        *, all_keys, all_places, picked, bins, state, ranks=None, ends=None, barrier=None,
     ):  # fmt: skip
+        sizes, bounds = state.at[pl.ds(0, 4)], state.at[pl.ds(4, 2)]
         best_keys, best = (x.at[pl.ds(0, whole)] for x in (all_keys, all_places))
-        near_keys, near = (x.at[pl.ds(whole, tiling.near)] for x in (all_keys, all_places))
+        near_keys, near = (x.at[pl.ds(tiling.near_from, tiling.near)] for x in (all_keys, all_places))
         keys = all_keys.at[pl.ds(tiling.keys_from, tiling.keys)]
         row, of_team = lax.axis_index("row"), Team(lax.axis_index("warpgroup"), warpgroups, barrier)
-        scores_of_row, shown = scores_gmem.at[row], counts_gmem[row]
+        scores_of_row, shown = scores_gmem.at[row], jnp.clip(counts_gmem[row], 0, scores.shape[1])
 
         def each(n: Any, chunk: int, body: Callable[[Any, Any, Any], None]) -> None:
             """body(the slice that is a chunk, the places in it, which are below n)."""
@@ -183,9 +148,9 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
 
             return lax.while_loop(goes_on, body, start)
 
-        def digits_of(base, span):
+        def digits_of(base, span, digit=DIGIT):
             bits = width(span)
-            return base, span, jnp.where(bits > DIGIT, bits - DIGIT, 0)
+            return base, span, jnp.where(bits > digit, bits - digit, 0)
 
         def limit(n, chunk, keys, place_of, low, high, need, turn, spare=0):
             """Of the `need` first of n keys between low and high and `spare` more; and the turn."""
@@ -208,31 +173,32 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
             keys[here] = key
             bound(of_team, bounds, key)
 
-        def keep_near(where, key, index):
-            append(of_team, sizes.at[pl.ds(1, 1)], where.astype(jnp.int32), (near_keys, key), (near, index))
+        def keep_near(where, keys, indices):
+            where = [x.astype(jnp.int32) for x in where]
+            append(of_team, sizes.at[pl.ds(1, 1)], where, (near_keys, keys), (near, indices))
 
         def keep_entry(here, place, inside):
             key = loaded(keys, here)
-            keep_near(of_tiles.first(key, place) & inside, key, place)
+            keep_near([of_tiles.first(key, place) & inside], [key], [place])
 
         def keep_tile(here, place, inside):
             where = of_tiles.first(loaded(keys, here), place) & inside
-            append(of_team, sizes.at[pl.ds(0, 1)], where.astype(jnp.int32), (picked, place))
+            append(of_team, sizes.at[pl.ds(0, 1)], [where.astype(jnp.int32)], (picked, [place]))
 
-        def keep_candidate(_, place, inside):
-            at = jnp.where(inside, place, 0)
-            index = look_up(picked, lax.div(at, tile)) * tile + lax.rem(at, tile)
-            key = ordered(look_up(scores_of_row, index))
-            keep_near(inside & (key >= least) & (index < shown), key, index)
-
-        def keep_best(here, _, inside):
-            key, index = loaded(near_keys, here), loaded(near, here)
-            where = of_entries.first(key, index) & inside
-            append(of_team, sizes.at[pl.ds(2, 1)], where.astype(jnp.int32), (best_keys, key), (best, index))
+        def keep_candidates(_, place, inside):
+            """`place` counts four neighbours of a tile, which are loaded at once."""
+            at, bits = jnp.where(inside, place, 0), (tile // 4).bit_length() - 1
+            first = look_up(picked, at >> bits) * tile + (at & (tile // 4 - 1)) * 4
+            keys = [ordered(x) for x in look_up_four(scores_of_row, first)]
+            indices = [first + i for i in range(4)]
+            pairs = zip(keys, indices, strict=True)
+            keep_near([inside & (key >= least) & (index < shown) for key, index in pairs], keys, indices)
 
         @pl.when(of_team.member == 0)
         def _start():
             fill(bins.at[0], 0)
+            if tiling.ranked:
+                fill(ranks, 0)
             fill(best_keys, LEAST)
             fill(best, LARGEST)
             for i in range(3):
@@ -254,15 +220,59 @@ def choose(scores: jax.Array, tops: jax.Array, counts: jax.Array, k: int, tiling
         else:
             each(seen_tiles, tiling.chunk, keep_tile)
             of_team.sync()
-            candidates = sizes[0] * tile
-            each(candidates, tiling.gather, keep_candidate)
+            each(sizes[0] * (tile // 4), tiling.gather, keep_candidates)
         of_team.sync()
         n, need = sizes[1], jnp.minimum(k, shown)
-        of_entries, _ = limit(n, tiling.few, near_keys, lambda here, _: loaded(near, here), least, high, need, turn)
-        each(n, tiling.few, keep_best)
+
+        def sort():
+            of_entries, _ = limit(n, tiling.few, near_keys, lambda here, _: loaded(near, here), least, high, need, turn)
+
+            def keep_best(here, _, inside):
+                key, index = loaded(near_keys, here), loaded(near, here)
+                where = of_entries.first(key, index) & inside
+                append(of_team, sizes.at[pl.ds(2, 1)], [where.astype(jnp.int32)], (best_keys, [key]), (best, [index]))
+
+            each(n, tiling.few, keep_best)
+            of_team.sync()
+            place, (_, index) = in_order(of_team, whole, all_keys, all_places)
+            index = jnp.where(place < shown, index, -1)
+            put(of_team, chosen_gmem.at[row], place, index, (place < k).astype(jnp.int32))
+
+        if not tiling.ranked:
+            sort()
+            return
+        ranked_keys, ranked = (x.at[pl.ds(0, tiling.ranked)] for x in (all_keys, all_places))
+        base, span, shift = digits_of(least, high - least, rank.DIGIT)
+        binning = rank.Binning(base, shift, span)
+
+        def count_near(here, _, inside):
+            count(of_team, ranks, loaded(near_keys, here), inside.astype(jnp.int32), binning)
+
+        def put_near(here, _, inside):
+            key, index = loaded(near_keys, here), loaded(near, here)
+            where = inside.astype(jnp.int32)
+            rank.put_down(of_team, ends, binning.of(key), where, (ranked_keys, key), (ranked, index))
+
+        def put_ranked(here, place, _):
+            pair = loaded(ranked_keys, here), loaded(ranked, here)
+            of_pair = rank.rank_of(ends, ranked_keys, ranked, pair, binning.of(pair[0]), fullest)
+            of_pair, index = jnp.where(place < n, of_pair, place), jnp.where(place < n, pair[1], -1)
+            put(of_team, chosen_gmem.at[row], of_pair, index, (of_pair < k).astype(jnp.int32))
+
+        each(n, tiling.few, count_near)
         of_team.sync()
-        rank, (_, index) = in_order(of_team, whole, all_keys, all_places)
-        put(of_team, chosen_gmem.at[row], rank, jnp.where(rank < shown, index, -1), (rank < k).astype(jnp.int32))
+        pl.when(of_team.member == 0)(lambda: rank.begin_bins(ranks, ends, sizes.at[pl.ds(3, 1)]))
+        of_team.sync()
+        fullest = sizes[3]
+        few_alike = (n <= tiling.ranked) & (fullest <= MOST_ALIKE)
+
+        @pl.when(few_alike)
+        def _rank():
+            each(n, tiling.few, put_near)
+            of_team.sync()
+            each(jnp.maximum(n, k), LANES, put_ranked)
+
+        pl.when(jnp.logical_not(few_alike))(sort)
 
     return plgpu.kernel(
         kernel,

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 BLOCK = 2048  # entries of a thread block that looks for maxima
 LANES = 128
-CHUNK, LOAD, GATHER, FEW = 8, 32, 24, 2  # the most of a thread at once; see RowTiling
+CHUNK, LOAD, GATHER, FEW = 16, 32, 6, 2  # the most of a thread at once; see RowTiling
 WARPGROUPS = 4
 SINGLE = 8192  # entries up to which tiles are single entries
 MOST_CHOSEN, MOST_ENTRIES = 2048, 262144
+MOST_RANKED = 1024  # of more, shared memory has no room for those that are nearly among them
 SPARE = 128  # the most tiles above k: a bin of keys often holds some that are not needed
 TILES = 8, 16, 32
 
@@ -18,10 +19,10 @@ class RowTiling(NamedTuple):
     """tile: entries a tile. spare: tiles that may be chosen above k.
 
     load, chunk, gather, few: how much a warpgroup looks at at once: tiles that come from afar, tiles in shared memory,
-    entries that come from afar, entries in shared memory.
-    keys, picked, near, sorted_entries: for how many there is room in shared memory: tiles, chosen tiles, the entries of
-    these, and the best ones. The best lie in front; behind them the near ones; tiles where these are later, but for
-    tiles of single entries.
+    fours of entries that come from afar, entries in shared memory.
+    keys, picked, near, ranked, sorted_entries: for how many there is room in shared memory: tiles, chosen tiles, the
+    entries of these, and the best ones, bin after bin or where those are sorted. The best lie in front; behind them the
+    near ones; tiles where these are later, but for tiles of single entries.
     """
 
     tile: int
@@ -34,19 +35,24 @@ class RowTiling(NamedTuple):
     keys: int
     picked: int
     near: int
+    ranked: int
     sorted_entries: int
 
     @property
+    def near_from(self) -> int:
+        return max(self.ranked, self.sorted_entries)
+
+    @property
     def keys_from(self) -> int:
-        return self.sorted_entries + (self.near if self.tile == 1 else 0)
+        return self.near_from + (self.near if self.tile == 1 else 0)
 
     @property
     def held_keys(self) -> int:
-        return max(self.keys_from + self.keys, self.sorted_entries + self.near)
+        return max(self.keys_from + self.keys, self.near_from + self.near)
 
     @property
     def held_places(self) -> int:
-        return self.sorted_entries + self.near
+        return self.near_from + self.near
 
 
 def default_tiling(columns: int, k: int) -> RowTiling:
@@ -64,6 +70,7 @@ def tiled(columns: int, k: int, tile: int, warpgroups: int | None = None) -> Row
     spare = min(k // 4, SPARE)
     picked = min(k + spare, tiles)
     near, whole = picked * tile, max(_power(k), threads)
+    ranked = k + spare + SPARE if k <= MOST_RANKED else 0
 
     def chunk(most: int, n: int) -> int:
         return LANES * min(most, -(-n // threads))
@@ -71,10 +78,10 @@ def tiled(columns: int, k: int, tile: int, warpgroups: int | None = None) -> Row
     def room(n: int, *chunks: int) -> int:
         return max(-(-n // (warpgroups * chunk)) * warpgroups * chunk for chunk in chunks)
 
-    load, passed, gather, few = chunk(LOAD, tiles), chunk(CHUNK, tiles), chunk(GATHER, near), chunk(FEW, near)
+    load, passed, gather, few = chunk(LOAD, tiles), chunk(CHUNK, tiles), chunk(GATHER, near // 4), chunk(FEW, near)
     return RowTiling(
         tile, warpgroups, spare, load, passed, gather, few,
-        room(tiles, load, passed), picked, max(room(near, few), whole), whole,
+        room(tiles, load, passed), picked, max(room(near, few), whole), room(ranked, few), whole,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a warpgroup does with entries that Pallas has no words for: look up, bound, count, append.
+"""What a warpgroup does with entries that Pallas has no words for: put, bound, count, append.
 
 Vectors are int32 or float32 [n], n a multiple of 128, element i in lane i % 128. What is stored in shared memory all
 warpgroups of a thread block may store at once. The interpreter's twins are in jnp.
@@ -10,7 +10,7 @@ warpgroups of a thread block may store at once. The interpreter's twins are in j
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,32 +28,13 @@ from pallas_kernels.top_k.team import Team
 
 WARP = 32
 BINS = 256
+NOWHERE = 128  # words behind bins, where what is in none of them is counted
 PER_LANE = BINS // WARP
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
 def in_lanes(n: int) -> Any:
     return plgpu.Layout.WG_STRIDED((n,), vec_size=1)
-
-
-def look_up(ref: Any, index: jax.Array) -> jax.Array:
-    """ref[index], of a vector in either memory."""
-    if is_interpreted():
-        return ref[...][index]
-    layout = in_lanes(*index.shape)
-    found = plgpu.ShapeDtypeStruct(index.shape, ref.dtype, layout=layout)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=found)
-    def run(_ctx: Any, ref: Any, index: Any) -> Any:
-        registers = np.empty_like(index.registers)
-        base, element = utils.memref_ptr(ref), ir.MemRefType(ref.type).element_type
-        for at, i in each_scalar(index):
-            address = utils.getelementptr(base, [i], element)
-            registers[at] = llvm.load(ir.VectorType.get((1,), element), address, alignment=4)
-        signed = utils.is_signed(found.dtype)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
-
-    return run(ref, index)
 
 
 def put(team: Team, ref_gmem: Any, index: jax.Array, value: jax.Array, where: jax.Array) -> None:
@@ -73,7 +54,7 @@ def put(team: Team, ref_gmem: Any, index: jax.Array, value: jax.Array, where: ja
         base = utils.memref_ptr(ref)
         for at, i in each_scalar(index):
             address = utils.getelementptr(base, [i], word())
-            _store_if("global", "l", where.registers[at], address, value.registers[at])
+            store_if("global", "l", where.registers[at], address, value.registers[at])
 
     run_mosaic(ref_gmem, index, value, where)
 
@@ -117,16 +98,17 @@ def bound(team: Team, bounds_smem: Any, x: jax.Array) -> None:
 def count(team: Team, bins_smem: Any, x: jax.Array, where: jax.Array, bin_of: tuple[jax.Array, ...]) -> None:
     """bins_smem[(x - base) >> shift] += 1 for those x in base, base + 1, ... base + span that `where` is not 0 of.
 
-    bin_of: base, shift and span, which is unsigned.
+    bin_of: base, shift and span, which is unsigned. The last NOWHERE words are no bins.
     """
+    bins_held = bins_smem.shape[0] - NOWHERE
     base, shift, span = bin_of
     if is_interpreted():
         offset = lax.bitcast_convert_type(x - base, jnp.uint32)
         inside = (offset <= lax.bitcast_convert_type(span, jnp.uint32)) & (where != 0)
-        digit = jnp.where(inside, lax.shift_right_logical(x - base, shift), BINS)
+        digit = jnp.where(inside, lax.shift_right_logical(x - base, shift), bins_held)
 
         def run() -> None:
-            bins_smem[...] = bins_smem[...].at[digit].add(1, mode="drop")
+            bins_smem[...] = bins_smem[...].at[digit].add(1)
 
         team.in_turn(run)
         return
@@ -136,13 +118,15 @@ def count(team: Team, bins_smem: Any, x: jax.Array, where: jax.Array, bin_of: tu
     def run_mosaic(_ctx: Any, bins: Any, x: Any, where: Any, *bin_of: Any) -> None:
         first = shared_address(bins)
         base, shift, span = (the(y) for y in bin_of)
+        lane = llvm.inline_asm(word(), [], "mov.u32 $0, %laneid;", "=r")
+        nowhere = arith.addi(lane, constant(bins_held))  # a branch around the atomic would take longer
         for at, value in each_scalar(x):
             offset = arith.subi(value, base)
             inside = arith.cmpi(arith.CmpIPredicate.ule, offset, span)
             wanted = arith.andi(inside, is_set(where.registers[at]))
-            address = arith.addi(first, arith.shli(arith.shrui(offset, shift), constant(2)))
-            ptx = "@$1 red.shared.add.u32 [$0], 1;"
-            llvm.inline_asm(None, [address, wanted], ptx, "r,b,~{memory}", has_side_effects=True)
+            place = arith.select(wanted, arith.shrui(offset, shift), nowhere)
+            address = arith.addi(first, arith.shli(place, constant(2)))
+            llvm.inline_asm(None, [address], "red.shared.add.u32 [$0], 1;", "r,~{memory}", has_side_effects=True)
 
     run_mosaic(bins_smem, x, where, base, shift, span)
 
@@ -153,7 +137,7 @@ def find(bins_smem: Any, need: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     Every warp finds it for itself: a lane has eight neighbouring bins.
     """
     if is_interpreted():
-        bins = bins_smem[...]
+        bins = bins_smem[...][:BINS]
         upto = jnp.cumsum(bins[::-1])[::-1]
         found = jnp.sum((upto >= need).astype(jnp.int32)) - 1
         return found, need - (upto[found] - bins[found]), bins[found]
@@ -173,7 +157,7 @@ def find(bins_smem: Any, need: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
         total = own[0]
         for other in own[1:]:
             total = arith.addi(total, other)
-        above = arith.subi(_scanned(total, "down"), total)
+        above = arith.subi(scanned(total, "down"), total)
         answers = [constant(-1)] * 3
         for i in reversed(range(PER_LANE)):
             upto = arith.addi(above, own[i])
@@ -190,31 +174,36 @@ def find(bins_smem: Any, need: jax.Array) -> tuple[jax.Array, jax.Array, jax.Arr
     return run(bins_smem, need)
 
 
-def append(team: Team, size_smem: Any, where: jax.Array, *stored: tuple[Any, jax.Array]) -> None:
+def append(team: Team, size_smem: Any, where: Sequence[jax.Array], *stored: tuple[Any, Sequence[jax.Array]]) -> None:
     """Stores those values that `where`, 0 or 1, is 1 of behind the first size_smem[0] of each ref, in any order."""
     refs, values = zip(*stored, strict=True)
     if is_interpreted():
+        wanted = jnp.concatenate(where)
 
         def run() -> None:
             size = size_smem[0]
-            place = jnp.where(where != 0, size + jnp.cumsum(where) - 1, refs[0].shape[0])
+            place = jnp.where(wanted != 0, size + jnp.cumsum(wanted) - 1, refs[0].shape[0])
             for ref, value in stored:
-                ref[...] = ref[...].at[place].set(value, mode="drop")
-            size_smem[0] = size + jnp.sum(where)
+                ref[...] = ref[...].at[place].set(jnp.concatenate(value), mode="drop")
+            size_smem[0] = size + jnp.sum(wanted)
 
         team.in_turn(run)
         return
-    layout = in_lanes(*where.shape)
-    kinds = (plgpu.RefType(), layout, *[plgpu.RefType()] * len(refs), *[layout] * len(refs))
+    count, layout = len(where), in_lanes(*where[0].shape)
+    kinds = plgpu.RefType(), *[plgpu.RefType()] * len(refs), *[layout] * (count * (1 + len(refs)))
 
     @plgpu.inline_mgpu(arg_types=kinds)
-    def run_mosaic(_ctx: Any, size: Any, where: Any, *rest: Any) -> None:
-        refs, values = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    def run_mosaic(_ctx: Any, size: Any, *rest: Any) -> None:
+        bases, vectors = [shared_address(ref) for ref in rest[: len(refs)]], rest[len(refs) :]
+        registers = [
+            [x for y in vectors[i : i + count] for x in y.registers.flat] for i in range(0, len(vectors), count)
+        ]
+        wanted, *values = registers
         taken = constant(0)
-        for _, w in each_scalar(where):
-            taken = arith.addi(taken, w)
+        for w in wanted:
+            taken = arith.addi(taken, scalar(w))
         # The last lane knows how many the warp has, and makes room for them.
-        upto = _scanned(taken, "up")
+        upto = scanned(taken, "up")
         ptx = """{ .reg .pred last; .reg .b32 lane, start;
             mov.u32 lane, %laneid;
             setp.eq.u32 last, lane, 31;
@@ -224,13 +213,12 @@ def append(team: Team, size_smem: Any, where: jax.Array, *stored: tuple[Any, jax
         args = [upto, shared_address(size)]
         start = llvm.inline_asm(word(), args, ptx, "=r,r,r,~{memory}", has_side_effects=True)
         place = arith.shli(arith.subi(arith.addi(start, upto), taken), constant(2))
-        bases = [shared_address(ref) for ref in refs]
-        for at, w in each_scalar(where):
+        for i, w in enumerate(wanted):
             for base, value in zip(bases, values, strict=True):
-                _store_if("shared", "r", where.registers[at], arith.addi(base, place), value.registers[at])
-            place = arith.addi(place, arith.shli(w, constant(2)))
+                store_if("shared", "r", w, arith.addi(base, place), value[i])
+            place = arith.addi(place, arith.shli(scalar(w), constant(2)))
 
-    run_mosaic(size_smem, where, *refs, *values)
+    run_mosaic(size_smem, *refs, *where, *(x for value in values for x in value))
 
 
 def each_scalar(x: Any) -> Iterator[tuple[tuple[int, ...], ir.Value]]:
@@ -263,12 +251,12 @@ def the(x: Any) -> ir.Value:
     return scalar(value) if isinstance(value.type, ir.VectorType) else value
 
 
-def _store_if(space: str, address_kind: str, where: ir.Value, address: ir.Value, value: ir.Value) -> None:
+def store_if(space: str, address_kind: str, where: ir.Value, address: ir.Value, value: ir.Value) -> None:
     args, kinds = [address, scalar(value), is_set(where)], f"{address_kind},r,b,~{{memory}}"
     llvm.inline_asm(None, args, f"@$2 st.{space}.b32 [$0], $1;", kinds, has_side_effects=True)
 
 
-def _scanned(x: ir.Value, way: str) -> ir.Value:
+def scanned(x: ir.Value, way: str) -> ir.Value:
     """The sum of a warp's lanes up to this one ("up"), or from this one on ("down")."""
     edge = {"up": 0, "down": 31}[way]
     for distance in (1, 2, 4, 8, 16):

@@ -1,6 +1,7 @@
 """The benchmark command without a GPU, and its judgement of results."""
 
 import dataclasses
+import fcntl
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, measure, results
+from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, measure, results, turns
 from pallas_kernels.bench.case import Bench, Choice, disagreement
 from pallas_kernels.bench.operands import weights_of
 from pallas_kernels.bench.timing import input_sets, timed_calls
@@ -133,10 +134,11 @@ def fake_case(name="one", **changes):
     choices = {
         of: Choice("few_rows", Problem(8, 64, 128), FewRows(stages=stages)) for stages, of in enumerate(ours, start=2)
     }
-    return Bench(
+    case = Bench(
         "block_matmul", name, lambda key: jax.random.normal(key, (8, 64)), ours, {"xla": lambda x: x}, lambda x: 2 * x,
         nbytes=10**6, flops=10**6, choices=choices, chosen="b", shape={"m": 8},
     )  # fmt: skip
+    return dataclasses.replace(case, **changes)
 
 
 @pytest.fixture
@@ -194,6 +196,25 @@ def test_who_was_not_beside_is_still_timed(timed, tmp_path):
         command.main(["block_matmul", "--json", str(path)])
     command.main(["block_matmul", "--ours", "--json", str(path)])
     assert [row["beside"] for row in results.read(path)] == [[], [], ["xla"], ["xla"]]
+
+
+def test_parts_that_take_turns_make_up_the_whole(timed, tmp_path):
+    """What can be is compiled beforehand; what does not compile says so where it is timed."""
+    jitted = fake_case("two", ours={"a": jax.jit(lambda x: x + x), "fails": jax.jit(lambda x: x @ x)}, chosen="fails")
+    lock, paths = tmp_path / "lock", [tmp_path / f"rows{i}.jsonl" for i in (1, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "benches", lambda op: [fake_case("one"), jitted, fake_case("three")])
+        for i, path in enumerate(paths, 1):
+            command.main(["block_matmul", "--part", f"{i}/2", "--lock", str(lock), "--json", str(path)])
+    rows = [[(row["case"], row["us"] is None) for row in results.read(path)] for path in paths]
+    assert rows == [[("one", False), ("three", False)], [("two", True)]]
+    with pytest.raises(SystemExit):
+        command.main(["block_matmul", "--part", "3/2"])
+
+
+def test_a_turn_is_for_one_process(tmp_path):
+    with turns.turn(tmp_path / "lock"), (tmp_path / "lock").open() as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_whole_last_line_without_its_end_is_kept(timed, tmp_path):

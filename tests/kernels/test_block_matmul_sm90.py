@@ -17,6 +17,8 @@ from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor, Tre
 
 MANY = [
     (ManyRows(128, 256, 3, "columns"), (256, 512, 640)),
+    (ManyRows(128, 256, 2, "columns"), (256, 512, 1024)),
+    (ManyRows(256, 128, 2, "rows", in_turn=True), (256, 256, 1024)),
     (ManyRows(128, 128, 3, "rows"), (256, 384, 256)),
     (ManyRows(64, 256, 2, "columns", rows_first=False, width=1), (192, 512, 128)),
     (ManyRows(64, 128, 2, "columns", shares=2), (128, 256, 512)),

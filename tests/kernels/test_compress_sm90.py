@@ -83,6 +83,7 @@ def check(got, want):
         (1, 16, 2, 32, 16, entry_format("float32", 16), (31, 15), (1, 1)),  # more rows than are loaded at once
         (11, 4, 2, 64, 16, ENTRY, (0, 6), (11, 9)),  # a chunk: rows of the ring and of the chunk
         (9, 32, 1, 64, 16, ENTRY, (30, 0), (9, 9)),
+        (20, 16, 2, 32, 16, KEY, (13, 0), (20, 18)),  # parts of long entries, of two blocks each
     ],
 )
 def test_kernel(tokens, ratio, halves, width, rope, form, start, count):

@@ -9,12 +9,13 @@ import pytest
 
 from pallas_kernels.bench import expert_layer, mxfp4
 from pallas_kernels.bench.case import disagreement
-from pallas_kernels.block_matmul.kernel_sm90 import RowBlocks
 from pallas_kernels.block_matmul.problem import Problem
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import experts, tilings
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
+from pallas_kernels.grouped_matmul.rows_sm90 import arranged, scales_shape
 from pallas_kernels.grouped_matmul.tiling import INVARIANT_BLOCKS, Mxfp4Rows, default_mxfp4, mxfp4_reason
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic import interpreted
@@ -50,7 +51,7 @@ def of_one_expert(x, x_scale, w, w_scale, tiling, rows=None, out_dtype=jnp.float
     """y [M, N] of x [M, K] and one weight [N, K]."""
     rows = rows or len(x)
     how = {"rows": rows, "out_dtype": out_dtype, "row_blocks": row_blocks([0] * (len(x) // rows))}
-    return expert_rows(x, x_scale, [(w[None], w_scale[None])], tiling, **how)
+    return expert_rows(*arranged(x, x_scale.T, rows), [(w[None], w_scale[None])], tiling, **how)
 
 
 def check(y, want, out_dtype=jnp.bfloat16):
@@ -73,6 +74,7 @@ def gated(gate, up, factor):
         (8, 1024, Mxfp4Rows(4, 1, 1), NEAR),
         (16, 512, Mxfp4Rows(2, 3, 1), FAR),
         (72, 512, Mxfp4Rows(1, 3, 2), NEAR),
+        (40, 512, Mxfp4Rows(2, 2, 1, parts=2), FAR),
     ],
 )
 def test_two_weights_of_experts(rows, k, tiling, spread):
@@ -89,8 +91,8 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     values = jnp.where(padding[:, None], jnp.nan, x.values.astype(jnp.float32)).astype(x.values.dtype)
     with interpreted():
         y = expert_rows(
-            values, scale_bytes(x.scale).T, [stored(gate), stored(up)], tiling, rows=rows, out_dtype=jnp.bfloat16,
-            row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
+            *arranged(values, scale_bytes(x.scale), rows), [stored(gate), stored(up)], tiling, rows=rows,
+            out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
         )  # fmt: skip
         y = np.asarray(y, np.float64)
     of_row = expert.repeat(rows)
@@ -98,6 +100,25 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     want = np.asarray(gated(gate, up, jnp.asarray(factors))).T
     chosen = ~padding & (np.arange(m) < real * rows)
     check(y[chosen], want[chosen].astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiling", "form"),
+    [(8, Mxfp4Rows(4, 2, 2), FLOAT_GROUP), (16, Mxfp4Rows(2, 2, 1, parts=2), FP8_GROUP)],
+)
+def test_results_as_codes(rows, tiling, form):
+    """What quantising the bfloat16 results gives, bit for bit; one factor for a block, which share their rows of x."""
+    x, w = quantized((rows, 512), FP8_GROUP), quantized((3, 256, 512), MXFP4)
+    how = {"rows": rows, "row_blocks": row_blocks([2, 0]), "factors": jnp.asarray([0.5, -3.0])}
+    how["epilogue"] = lambda sums, factors: sums * jax.lax.broadcast_in_dim(factors, sums.shape, (1,))
+    with interpreted():
+        arguments = *arranged(x.values, scale_bytes(x.scale), rows), [stored(w)], tiling
+        y = np.asarray(expert_rows(*arguments, out_dtype=jnp.bfloat16, **how))
+        codes, scale = (np.asarray(found) for found in expert_rows(*arguments, out_dtype=form, **how))
+    want = quantize(jnp.asarray(y), form)
+    want_codes, want_scale = arranged(want.values, scale_bytes(want.scale), rows)
+    np.testing.assert_array_equal(codes.view(np.uint8), np.asarray(want_codes).view(np.uint8))
+    np.testing.assert_array_equal(scale[..., :rows], want_scale[..., :rows])
 
 
 def test_every_code_and_scale_in_every_place():
@@ -188,10 +209,11 @@ def layer(x, routing, activations):
 @pytest.mark.parametrize(
     ("chosen", "activations", "dtype"),
     [
+        ([[3, 1]], FP8_GROUP, jnp.bfloat16),
         ([[0, 2], [2, 0]], FLOAT_GROUP, jnp.bfloat16),
         ([[3]] * 40, FP8_GROUP, jnp.float32),
     ],
-    ids=["empty experts", "all rows to one expert"],
+    ids=["one token", "empty experts", "all rows to one expert"],
 )
 def test_layers_of_experts(chosen, activations, dtype):
     """Gather, gate and up, SwiGLU, re-quantise, down and combine, all weights packed."""
@@ -220,6 +242,8 @@ def test_tilings():
     assert "multiples of [64, 512]" in mxfp4_reason(Mxfp4Rows(1, 2, 1), Problem(8, 64, 256, rows=8))
     assert "at most 256" in mxfp4_reason(Mxfp4Rows(1, 2, 1), Problem(12, 64, 512, rows=12))
     assert "shared memory" in mxfp4_reason(Mxfp4Rows(4, 8, 2), Problem(8, 128, 512, rows=8))
+    assert default_mxfp4(Problem(112, 512, 512, rows=112)) == Mxfp4Rows(1, 4, 2, parts=2)
+    assert default_mxfp4(Problem(112, 512, 512, 2, rows=112)) == Mxfp4Rows(1, 4, 2)
     for wrong in ({"blocks": 3}, {"warpgroups": 5}):
         with pytest.raises(ValueError, match="Mxfp4Rows"):
             Mxfp4Rows(**wrong)
@@ -251,6 +275,6 @@ def test_lowers_for_a_gpu(rows, count):
             factors=factors, epilogue=gated if count == 2 else lambda sums, factors: sums,
         )  # fmt: skip
 
-    x, x_scale = shape((m, k), jnp.float8_e4m3fn), shape((k // 128, m), jnp.uint8)
+    x, x_scale = shape((m, k), jnp.float8_e4m3fn), shape(scales_shape(m, rows, k), jnp.int32)
     blocks = shape((total,), jnp.int32), shape((1,), jnp.int32), shape((m,), jnp.float32)
     jax.jit(run).trace(x, x_scale, [pair] * count, *blocks).lower(lowering_platforms=("cuda",))

@@ -1,5 +1,6 @@
 """mHC on Hopper against the reference: float32 coefficients, bfloat16 streams, tokens that do not see each other."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from pallas_kernels.bench import hyper_connection as bench
 from pallas_kernels.bench.case import disagreement
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
+from pallas_kernels.formats import FP8_GROUP
 from pallas_kernels.hyper_connection import kernel_sm90, post_sm90, reference, sm90
 from pallas_kernels.hyper_connection.cases import BENCH, HyperCase
 from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, sinkhorn
@@ -19,6 +21,7 @@ from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import cut, share
 from pallas_kernels.hyper_connection.tiling import TILE, PreTiling, default_tiling
 from pallas_kernels.mosaic import interpreted
+from pallas_kernels.quant import quantize
 
 HOW = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 HOPPER = KINDS["H100 / H200"]
@@ -64,6 +67,32 @@ def check(got, want):
 def test_pre(tokens, width, tiling):
     arguments, streams = parameters(width), streams_of(tokens, width)
     check(run_pre(streams, *arguments, tiling=tiling), reference.pre(streams, *arguments, **HOW))
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+def test_rows_are_quantised_as_they_come_out(width):
+    """Bit for bit what x becomes; in the same launch where streams are wide."""
+    arguments, streams = parameters(width), streams_of(3, width)
+    x, _, codes = run_pre(streams, *arguments, form=FP8_GROUP)
+    np.testing.assert_array_equal(x, run_pre(streams, *arguments)[0])
+    for ours, theirs in zip(jax.tree.leaves(codes), jax.tree.leaves(quantize(x, FP8_GROUP)), strict=True):
+        np.testing.assert_array_equal(ours.view(jnp.uint8), theirs.view(jnp.uint8))
+
+
+def test_gradients_pass_by_the_codes():
+    arguments, streams = parameters(256), streams_of(3, 256)
+
+    def total(streams, **how):
+        x, codes, mix = hyper_connection.pre_quantize_rows(streams, *arguments, **HOW, **how)
+        assert codes.shape == (3, 256)
+        return jnp.sum(x.astype(jnp.float32)) + jnp.sum(mix.comb)
+
+    with pretend(HOPPER), interpreted():
+        got = jax.block_until_ready(jax.grad(functools.partial(total, implementation="sm90"))(streams))
+    assert disagreement(got, jax.grad(total)(streams), 2e-2, 2e-2) is None
+    odd = dataclasses.replace(FP8_GROUP, tile=(1, 64))
+    with pretend(HOPPER):
+        assert "is not e4m3:1x128" in sm90.pre_unsupported(streams, arguments[0], form=odd)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the simulated wgmma's, of infinities

@@ -13,7 +13,8 @@ from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.index_scores import index_scores, schedule, sm90
 from pallas_kernels.index_scores.cases import ScoreCase
-from pallas_kernels.index_scores.tiling import MOST_STAGES, default_tiling
+from pallas_kernels.index_scores.sm90 import MOST_HEADS
+from pallas_kernels.index_scores.tiling import FP4_STAGES, MOST_STAGES, default_tiling
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import Pages, Rows, as_cached, decode_rows, encode_rows, paged, quantize
 from pallas_kernels.row_format import entry_format, index_format
@@ -153,10 +154,14 @@ def refusal(q, keys):
 @pytest.mark.parametrize(
     ("q", "keys", "reason"),
     [
-        ((1, 1, 8, 64), shape(1, 64, 64), "keys are not quantised: it reads E4M3 codes"),
-        ((1, 1, 8, 64), index_format("bfloat16"), "keys are bfloat16: it reads E4M3 codes"),
-        ((1, 1, 8, 64), index_format("fp4"), "keys are e2m1:1x32:ue8m0: it takes e4m3 with a float32 scale for each"),
-        ((1, 1, 8, 64), entry_format("fp8_tensor", 0), "it takes e4m3 with a float32 scale for each"),
+        ((1, 1, 8, 64), shape(1, 64, 64), "keys are not quantised: it reads E4M3 or E2M1 codes"),
+        ((1, 1, 8, 64), index_format("bfloat16"), "keys are bfloat16: it reads E4M3 or E2M1 codes"),
+        (
+            (1, 1, 8, 64),
+            entry_format("fp8_tensor", 0),
+            "it takes e4m3 with a float32 scale for each, and e2m1:1x32:ue8m0",
+        ),
+        ((1, 1, 8, 64), entry_format("int8", 0), "keys are int8:row:float32: it takes e4m3"),
         ((1, 1, 8, 16), FP8, "keys of 16 channels: it takes 32, 64, 128"),
         ((1, 1, 136, 64), FP8, "136 heads: it takes up to 128"),
         ((1, 0, 8, 64), FP8, "there is nothing to score"),
@@ -185,9 +190,12 @@ def test_a_named_kernel_is_refused_here():
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 4096])
-def test_buffers_fit(tokens):
-    tiling = default_tiling(tokens, 64, 128)
-    assert tokens % tiling.tokens == 0 and tiling.stages == MOST_STAGES
+@pytest.mark.parametrize(("fp4", "stages"), [(False, MOST_STAGES), (True, FP4_STAGES)])
+def test_buffers_fit(tokens, fp4, stages):
+    tiling = default_tiling(tokens, 64, 128, fp4)
+    assert tokens % tiling.tokens == 0 and tiling.stages == stages
+    most = default_tiling(tokens, MOST_HEADS, 128, fp4)
+    assert most.stages >= 2 and most.stages % most.teams == 0
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (35, 1), (3, 4), (1, 2048)])

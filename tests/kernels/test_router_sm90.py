@@ -14,8 +14,9 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.router import kernel_sm90, reference, router, sm90
 from pallas_kernels.router.cases import BENCH, RouterCase
-from pallas_kernels.router.kernel_sm90 import Rules, scored
-from pallas_kernels.router.tiling import TILE, chunks_each
+from pallas_kernels.router.tiling import Share, share
+from pallas_kernels.router.token_sm90 import Rules, scored
+from pallas_kernels.router.warps_sm90 import comparators
 
 HOPPER = KINDS["H100 / H200"]
 
@@ -59,9 +60,8 @@ def test_kernel(tokens, experts, columns, k, scoring, normalize):
     check(run(*arguments, **how), *arguments, **how)
 
 
-@pytest.mark.parametrize("chunks", [2])
-def test_several_chunks_a_block(monkeypatch, chunks):
-    monkeypatch.setattr(kernel_sm90, "chunks_each", lambda *_: chunks)
+def test_several_chunks_a_block(monkeypatch):
+    monkeypatch.setattr(kernel_sm90, "share", lambda *_: Share(experts=32, parts=2, chunks=2))
     arguments = *inputs(2, 128, 512), None
     check(run(*arguments), *arguments)
 
@@ -166,8 +166,8 @@ def test_through_the_api_with_gradients():
         ),
         ({"experts": 8, "scoring": "sigmoid"}, None),
         (
-            {"columns": 192},
-            "a matrix of (256, 192): it takes parts of 128 columns, 2 to what the device holds",
+            {"columns": 200},
+            "a matrix of (256, 200): it takes multiples of 64 columns",
         ),
         ({"k": 9}, "a token takes 9 experts: it takes 1 to 8"),
         ({"scoring": "relu"}, "scoring is 'relu': it takes sqrtsoftplus, sigmoid, softmax"),
@@ -191,12 +191,23 @@ def test_a_named_kernel_is_refused_here():
         )  # fmt: skip
 
 
+def test_the_choice_sorts():
+    """Whatever is in two kinds of values; then it sorts all."""
+    for count in (4, 8, 12, 16):
+        values = [(np.arange(2**count) >> i) & 1 for i in range(count)]
+        for low, high in comparators(count):
+            values[low], values[high] = np.maximum(values[low], values[high]), np.minimum(values[low], values[high])
+        assert all((a >= b).all() for a, b in zip(values, values[1:], strict=False))
+
+
 def test_every_thread_block_runs_at_once():
     for experts in (128, 256, 384, 512):
         for columns in (1024, 4096, 7168):
             for multiprocessors in (132, 114):
-                chunks = chunks_each(experts, columns, multiprocessors)
-                assert chunks and experts // TILE * columns // 128 // chunks <= multiprocessors
+                for tokens in (1, 128):
+                    found = share(tokens, experts, columns, multiprocessors)
+                    assert experts // found.experts * found.parts <= multiprocessors
+                    assert columns % (found.parts * found.chunks) == 0
 
 
 @pytest.mark.parametrize("case", [BENCH[0], BENCH[-1], RouterCase("odd", 100)], ids=lambda case: case.name)

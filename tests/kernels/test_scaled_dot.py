@@ -16,6 +16,7 @@ from pallas_kernels.block_matmul import block_dot, matmul, reference, scaled_dot
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.formats import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, parse_format
+from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import QuantTensor, TreatedWeight
 from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.quant.hadamard import rotate_blocks
@@ -69,6 +70,21 @@ def test_results_come_in_the_dtype_asked_for():
     y = run(scaled_dot, x, w, activations=FORMATS["fp8_row"], out_dtype=jnp.float32)
     exact = run(reference, x.astype(np.float32), w, activations=FORMATS["fp8_row"], out_dtype=jnp.float32)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["block_dot", "sm90", "reference"])
+def test_codes_that_are_known_are_not_made_again(implementation):
+    """Those of another input would give that one's product, so they are read; in another format they are passed by."""
+    x, other = (jnp.asarray(normal(seed, 3, 256), jnp.bfloat16) for seed in (1, 2))
+    w, how = quantize(normal(3, 128, 256), FP8_BLOCK), {"activations": FP8_GROUP, "implementation": implementation}
+    with interpreted() if implementation == "sm90" else pretend(H100):
+        y, y_other = (matmul(z, w, **how) for z in (x, other))
+        same = matmul(x, w, codes=quantize(x, FP8_GROUP), **how)
+        known = matmul(x, w, codes=quantize(other, FP8_GROUP), **how)
+        odd = matmul(x, w, codes=quantize(other, FORMATS["fp8_row"]), **how)
+        jax.block_until_ready((y, y_other, same, known, odd))
+    for got, want in ((same, y), (odd, y), (known, y if implementation == "reference" else y_other)):
+        np.testing.assert_array_equal(got, want)
 
 
 def treated(kind, *, static=None, outliers=False, rotate=False):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.rotary import rotation, turn
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
 
 SCALE = 0.3
@@ -81,6 +82,18 @@ def test_decode_reads_exactly_the_named_entries():
         assert np.all(out[0] == 0) and np.all(np.isneginf(lse[0])), "no entry: output 0, lse -inf"
         assert np.all(out[1] == 0)
     assert np.all(decode(q, window, window_index, compressed, index, count, SINKS["infinity"])[0] == 0)
+
+
+def test_decode_turns_its_output():
+    """By the token's own rotation, all heads alike, before the output is rounded."""
+    q, window = normal(1, 2, 3, HEADS, WIDTH), normal(2, 2, 5, WIDTH)
+    index = np.tile(np.arange(5, dtype=np.int32), (2, 3, 1))
+    args = window, index, None, None, None, None
+    by = rotation(jnp.arange(6).reshape(2, 3), jnp.array([1.0, 0.3]))
+    want, _ = decode(q, *args)
+    got, _ = decode(q, *args, rotation=by)
+    np.testing.assert_allclose(got, jax.jit(turn)(want, by.shared(-2)), atol=1e-6)
+    assert not np.allclose(got[..., -4:], want[..., -4:])
 
 
 def test_decode_over_the_first_entries_in_order():

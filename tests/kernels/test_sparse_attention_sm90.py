@@ -15,6 +15,7 @@ from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import Pages, Rows, encode_rows, paged
+from pallas_kernels.rotary import rotation
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, sm90, sparse_attention
 
@@ -23,21 +24,29 @@ WIDTH, FULL, SCALE = 128, 512, 512**-0.5  # channels of most tests, where 512 wo
 
 
 @jax.jit
-def reference(q, *args):
-    return sparse_attention(q.astype(jnp.float32), *args, implementation="reference", scale=SCALE)
+def reference(q, *args, turned=None):
+    how = {"implementation": "reference", "scale": SCALE, "rotation": turned}
+    return sparse_attention(q.astype(jnp.float32), *args, **how)
 
 
-def kernel(*args):
+def kernel(*args, turned=None):
     with interpreted():
         args = jax.tree.map(jnp.asarray, args)
-        return jax.block_until_ready(sparse_attention(*args, implementation="sm90", scale=SCALE))
+        how = {"implementation": "sm90", "scale": SCALE, "rotation": turned}
+        return jax.block_until_ready(sparse_attention(*args, **how))
 
 
-def kernel_of_parts(parts, *args):
+def kernel_of_parts(parts, *args, turned=None):
     """The entries of a query divided among so many thread blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sm90, "splits", lambda units, blocks, sms: parts)
-        return kernel(*args)
+        return kernel(*args, turned=turned)
+
+
+def turns(batch, tokens, half):
+    """How each token's output is turned: another way for every one."""
+    position = 1000 * jnp.arange(batch * tokens).reshape(batch, tokens)
+    return rotation(position, jnp.linspace(0.1, 1, half)).inverse
 
 
 def check(got, want):
@@ -85,6 +94,12 @@ def queries(key, batch, tokens, heads=64, width=WIDTH):
     return jax.random.normal(jax.random.key(key), (batch, tokens, heads, width), jnp.bfloat16)
 
 
+@pytest.fixture(params=["few", "many"])
+def which(request, monkeypatch):
+    """Both kernels: for thread blocks with few blocks of entries, and with many."""
+    monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
+
+
 SINK = np.concatenate([np.linspace(-3, 3, 62), [np.inf, -np.inf]]).astype(np.float32)
 
 
@@ -107,30 +122,34 @@ def hostile():
     return queries(0, batch, tokens), window, window_index, compressed, index, count
 
 
+@pytest.mark.usefixtures("which")
 def test_exactly_the_named_entries_are_read():
     """By two thread blocks a query, of which some have nothing to read."""
     q, window, window_index, compressed, index, count = hostile()
-    want = reference(q, window, window_index, compressed, np.where(index < 90, index, -1), count, SINK)
-    got = kernel_of_parts(2, q, window, window_index, shuffled(compressed, 7), index, count, SINK)
+    back = turns(2, 2, 32)
+    want = reference(q, window, window_index, compressed, np.where(index < 90, index, -1), count, SINK, turned=back)
+    got = kernel_of_parts(2, q, window, window_index, shuffled(compressed, 7), index, count, SINK, turned=back)
     check(got, want)
     assert np.isfinite(np.asarray(got[0], np.float32)).all()
     assert not np.any(got[0][0, 0]) and np.isneginf(got[1][0, 0]).all(), "no entry: output 0, lse -inf"
     assert not np.any(got[0][:, :, 62]), "sink +inf: output 0"
 
 
+@pytest.mark.usefixtures("which")
 def test_the_first_entries_in_order_and_more_heads():
     """Without an index the count alone says what is seen: around a page, and none."""
     lengths = np.array([[0], [1], [15], [16], [17]], np.int32)
     batch = lengths.shape[0]
     compressed = poisoned(rows(2, batch, 40), np.arange(40) < lengths)
     window, window_index = rows(1, batch, 3), np.tile(np.array([0, -1, 2], np.int32), (batch, 1, 1))
-    q = queries(0, batch, 1, heads=128)
-    want = reference(q, window, window_index, compressed, None, lengths, None)
+    q, back = queries(0, batch, 1, heads=128), turns(batch, 1, 32)
+    want = reference(q, window, window_index, compressed, None, lengths, None, turned=back)
     pages = [shuffled(x, size) for x, size in ((window, 3), (compressed, 16))]
-    got = kernel(q, pages[0], window_index, pages[1], None, lengths, None)
+    got = kernel(q, pages[0], window_index, pages[1], None, lengths, None, turned=back)
     check(got, want)
 
 
+@pytest.mark.usefixtures("which")
 def test_a_permuted_batch_gives_permuted_bits():
     """And a window alone, numbered through the pool."""
     batch = 4
@@ -145,6 +164,7 @@ def test_a_permuted_batch_gives_permuted_bits():
 
 
 @pytest.mark.parametrize("exponent", [-22, 15])
+@pytest.mark.usefixtures("which")
 def test_scales_at_the_ends_of_their_range(exponent):
     """2^-22 and 2^15: more than float16 has on either side."""
     batch, count = 1, 40
@@ -156,7 +176,19 @@ def test_scales_at_the_ends_of_their_range(exponent):
     check(kernel(q, entries, index, None, None, None, None), want)
 
 
+@pytest.mark.parametrize("count", [128, 300])
+@pytest.mark.usefixtures("which")
+def test_logits_that_grow(count):
+    """Every block exceeds what the one before it is relative to, the last one too."""
+    entries = rows(1, 1, count)
+    scale = entries.scale.astype(jnp.int32) + (jnp.arange(count) // 60)[None, :, None]
+    entries = dataclasses.replace(entries, scale=scale.astype(entries.scale.dtype))
+    args = queries(0, 1, 1) * 2, entries, np.arange(count, dtype=np.int32)[None, None], None, None, None, SINK
+    check(kernel(*args), reference(*args))
+
+
 @pytest.mark.parametrize(("kind", "width", "rotary", "heads"), [("fp8", 64, 16, 8), ("bfloat16", 96, 0, 8)])
+@pytest.mark.usefixtures("which")
 def test_other_sizes(kind, width, rotary, heads):
     """Tiles that rows do not fill, and heads that do not fill a thread block."""
     batch, count, form = 2, 70, entry_format(kind, rotary)
@@ -166,8 +198,9 @@ def test_other_sizes(kind, width, rotary, heads):
     index[0, 0] = -1
     sink = np.linspace(-1, 1, heads, dtype=np.float32)
     window, compressed = (poisoned(x, named(count, i)) for x, i in zip((window, compressed), index, strict=True))
-    want = reference(q, window, index[0], compressed, index[1], None, sink)
-    check(kernel_of_parts(2, q, window, index[0], shuffled(compressed, 16), index[1], None, sink), want)
+    back = turns(batch, 1, 8)
+    want = reference(q, window, index[0], compressed, index[1], None, sink, turned=back)
+    check(kernel(q, window, index[0], shuffled(compressed, 16), index[1], None, sink, turned=back), want)
 
 
 def test_gradients_are_those_of_the_reference():
@@ -178,7 +211,7 @@ def test_gradients_are_those_of_the_reference():
 
     def gradients(implementation):
         def loss(q, entries, sink):
-            how = {"implementation": implementation, "scale": SCALE}
+            how = {"implementation": implementation, "scale": SCALE, "rotation": turns(1, 1, 8)}
             out, lse = sparse_attention(q, entries, index, None, None, None, sink, **how)
             return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(lse)
 

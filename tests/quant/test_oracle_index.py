@@ -31,6 +31,8 @@ def test_rotation_is_its_own_inverse_and_keeps_products():
     x, w = (jnp.asarray(rng.normal(size=(3, 256)).astype(np.float32)) for _ in range(2))
     np.testing.assert_allclose(hadamard(hadamard(x)), x, atol=1e-5)
     np.testing.assert_allclose(np.asarray(hadamard(x)) @ np.asarray(hadamard(w)).T, x @ w.T, atol=1e-4)
+    together, each = hadamard(np.stack([w, 2 * w])), hadamard(2 * w)
+    np.testing.assert_array_equal(together[1], each, "a row's bits depend on no other")
 
 
 @pytest.mark.parametrize("width, block", [(96, 32), (7, 1), (3 * LARGEST_BLOCK, LARGEST_BLOCK), (4096, LARGEST_BLOCK)])

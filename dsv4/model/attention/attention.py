@@ -19,9 +19,9 @@ from dsv4.model.rope import frequencies
 from dsv4.parameters import SpecTree
 from pallas_kernels.block_matmul import block_diagonal_matmul
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.quant import Rows, as_cached
+from pallas_kernels.quant import QuantTensor, Rows, as_cached
 from pallas_kernels.ring import MAX_STEP
-from pallas_kernels.rotary import rotate
+from pallas_kernels.rotary import Rotation, rotation, turn
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
 
 
@@ -68,19 +68,21 @@ class Attention(nnx.Module):
         count: jax.Array,
         cache: LayerCache | None,
         *,
+        codes: QuantTensor | None = None,
         attend_all: bool = False,
     ) -> tuple[jax.Array, LayerCache | None, AttentionTrace]:
         """Attends tokens x [B, T, D] at positions start[b].., of which the first count[b] are real.
 
-        cache None: the full sequence from position 0. attend_all: CSA layers attend every visible entry (the dense
-        stage of training) while the indexer still learns.
+        codes: x [B * T, D] rounded, where that is known. cache None: the full sequence from position 0. attend_all: CSA
+        layers attend every visible entry (the dense stage of training) while the indexer still learns.
         """
         position = start[:, None] + jnp.arange(x.shape[1])[None]
         rope = frequencies(self.config, self.layer)
-        q_latent = self.q_norm(self._project(self.wq_a, x))
-        q = self._queries(q_latent, position, rope)
-        kv = self.kv_norm(self._project(self.wkv, x))
-        kv = rotate(kv, position, rope)
+        forward = rotation(position, rope)
+        q_latent = self.q_norm(self._project(self.wq_a, x, codes))
+        q = self._queries(q_latent, forward)
+        kv = self.kv_norm(self._project(self.wkv, x, codes))
+        kv = turn(kv, forward)
 
         entries = compressed = keys = index = scores = None
         selection = None
@@ -102,14 +104,14 @@ class Attention(nnx.Module):
             )
             best = select_best(scores, self.top_k, position, self.layer.ratio, self.implementation)
             selection = selection if attend_all else best
-        out, lse, window = self._attend(q, kv, start, count, cache, entries, selection)
+        out, lse, window = self._attend(q, kv, start, count, cache, entries, selection, forward.inverse)
         divergence = None
         if scores is not None and isinstance(entries, jax.Array):  # a full sequence, as in training
             seen = visible(position, self.layer.ratio)
             divergence = index_divergence(q, entries, lse, self._sink(), scores, seen, self._scale)
         trace = AttentionTrace(selection and selection.indices, entries, keys, divergence)
         new_cache = None if window is None else LayerCache(window, compressed, index)
-        return self._output(out, position, rope), new_cache, trace
+        return self._output(out), new_cache, trace
 
     @property
     def _scale(self) -> float:
@@ -118,14 +120,14 @@ class Attention(nnx.Module):
     def _sink(self) -> jax.Array | None:
         return None if self.attn_sink is None else read(self.attn_sink)
 
-    def _project(self, linear: Linear, x: jax.Array) -> jax.Array:
-        return linear(x, **self.execution.products)
+    def _project(self, linear: Linear, x: jax.Array, codes: QuantTensor | None = None) -> jax.Array:
+        return linear(x, codes=codes, **self.execution.products)
 
-    def _queries(self, q_latent: jax.Array, position: jax.Array, rope: jax.Array) -> jax.Array:
+    def _queries(self, q_latent: jax.Array, forward: Rotation) -> jax.Array:
         heads, head_dim = self.config.heads, self.config.head_dim
         q = self._project(self.wq_b, q_latent)
         q = rms_norm(q.reshape(*q.shape[:2], heads, head_dim), None, self.norm_eps)
-        return rotate(q, position[..., None].repeat(heads, axis=-1), rope)
+        return turn(q, forward.shared(-2))
 
     def _attend(
         self,
@@ -136,8 +138,12 @@ class Attention(nnx.Module):
         cache: LayerCache | None,
         entries: jax.Array | Rows | None,
         selection: Selection | None,
+        back: Rotation,
     ) -> tuple[jax.Array, jax.Array, Rows | None]:
-        """Output [B, T, H, K], log-sum-exp [B, T, H], and the window ring with the new tokens in it."""
+        """Output [B, T, H, K], log-sum-exp [B, T, H], and the window ring with the new tokens in it.
+
+        The output is turned `back`: the values in it were rotated keys.
+        """
         picked = (entries, selection and selection.indices, selection and selection.counts, self._sink())
         how = {"scale": self._scale, "implementation": self.implementation}
         tokens = q.shape[1]
@@ -145,24 +151,24 @@ class Attention(nnx.Module):
         if cache is None:
             width = tokens if full else self.config.window
             band = as_cached(kv, self.stored)
-            return *sparse_attention_prefill(q, band, start, *picked, width=width, **how), None
+            out, lse = sparse_attention_prefill(q, band, start, *picked, width=width, **how)
+            return turn(out, back.shared(-2)), lse, None
         ring = write_window(cache.window, kv, start, count)
         slots = ring.shape[1]
         width = slots - MAX_STEP + 1 if full else self.config.window
         if tokens <= MAX_STEP:
             position = start[:, None] + jnp.arange(tokens)[None]
             index = window_index(position, width, slots)
-            return *sparse_attention(q, ring, index, *picked, **how), ring
+            return *sparse_attention(q, ring, index, *picked, rotation=back, **how), ring
         history = read_window(cache.window, start - (width - 1), width - 1, kv.dtype)
         real = jnp.arange(tokens)[None, :, None] < count[:, None, None]  # what pads a chunk may be NaN
         stored = as_cached(jnp.where(real, kv, 0), self.stored)  # what the cache keeps, however chunked
         band = jnp.concatenate([history, stored], axis=1)
-        return *sparse_attention_prefill(q, band, start, *picked, width=width, **how), ring
+        out, lse = sparse_attention_prefill(q, band, start, *picked, width=width, **how)
+        return turn(out, back.shared(-2)), lse, ring
 
-    def _output(self, out: jax.Array, position: jax.Array, rope: jax.Array) -> jax.Array:
-        """Rotates the output back (its values were rotated keys), then the grouped low-rank projection."""
-        heads, groups = self.config.heads, self.config.o_groups
-        out = rotate(out, position[..., None].repeat(heads, axis=-1), rope, inverse=True)
-        grouped = out.reshape(*out.shape[:2], groups, -1)
+    def _output(self, out: jax.Array) -> jax.Array:
+        """The grouped low-rank projection."""
+        grouped = out.reshape(*out.shape[:2], self.config.o_groups, -1)
         low = block_diagonal_matmul(grouped, read(self.wo_a.weight), **self.execution.exact_products)
         return self._project(self.wo_b, low)

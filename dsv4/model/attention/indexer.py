@@ -13,7 +13,7 @@ from dsv4.model.layers import Linear, read
 from dsv4.parameters import SpecTree
 from pallas_kernels.index_scores import index_scores
 from pallas_kernels.quant import Rows, as_cached, encode_rows
-from pallas_kernels.rotary import rotate
+from pallas_kernels.rotary import rotation, turn
 
 
 class Indexer(nnx.Module):
@@ -44,7 +44,7 @@ class Indexer(nnx.Module):
         batch, tokens, _ = x.shape
         q = self.wq_b(q_latent, **self.execution.products)
         q = q.reshape(batch, tokens, self.heads, self.head_dim)
-        q = rotate(q, position[..., None].repeat(self.heads, axis=-1), frequencies)
+        q = turn(q, rotation(position, frequencies).shared(-2))
         weights = self.weights_proj(x, **self.execution.exact_products) * (self.head_dim * self.heads) ** -0.5
         keys, cache = self.compressor(x, start, count, frequencies, cache, implementation)
         # Rotated and rounded as the keys are; codes where kernels multiply those, numbers where gradients are wanted.

@@ -11,6 +11,7 @@ from flax import nnx
 from dsv4.model.layers import Linear, declare, read
 from dsv4.parameters import SpecTree
 from pallas_kernels.grouped_matmul import experts
+from pallas_kernels.quant import QuantTensor
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import swiglu
 
@@ -22,9 +23,10 @@ class SharedExpert(nnx.Module):
         self.w1, self.w3, self.w2 = Linear(specs["w1"]), Linear(specs["w3"]), Linear(specs["w2"])
         self.limit = limit
 
-    def __call__(self, x: jax.Array, products: Mapping[str, Any]) -> jax.Array:
-        """products: keywords of a matmul."""
-        hidden = swiglu(self.w1(x, **products), self.w3(x, **products), self.limit)
+    def __call__(self, x: jax.Array, products: Mapping[str, Any], codes: QuantTensor | None = None) -> jax.Array:
+        """products: keywords of a matmul. codes: x rounded, where that is known."""
+        gate, up = (w(x, codes=codes, **products) for w in (self.w1, self.w3))
+        hidden = swiglu(gate, up, self.limit)
         return self.w2(hidden.astype(x.dtype), **products)
 
 

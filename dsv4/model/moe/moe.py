@@ -11,6 +11,7 @@ from dsv4.config import Execution, ModelConfig
 from dsv4.model.layers import declare, read
 from dsv4.model.moe.experts import RoutedExperts, SharedExpert
 from dsv4.parameters import SpecTree
+from pallas_kernels.quant import QuantTensor
 from pallas_kernels.router import Routing, router
 
 
@@ -39,8 +40,13 @@ class MoE(nnx.Module):
         self.experts = RoutedExperts(specs["experts"], m.swiglu_limit) if m.experts else None
         self.shared_experts = SharedExpert(specs["shared_experts"], m.swiglu_limit) if m.shared else None
 
-    def __call__(self, x: jax.Array, ids: jax.Array) -> tuple[jax.Array, MoETrace | None]:
-        """x [B, T, D] of tokens ids [B, T] -> [B, T, D]; hash layers take their experts from the ids."""
+    def __call__(
+        self, x: jax.Array, ids: jax.Array, codes: QuantTensor | None = None
+    ) -> tuple[jax.Array, MoETrace | None]:
+        """x [B, T, D] of tokens ids [B, T] -> [B, T, D]; hash layers take their experts from the ids.
+
+        codes: x [B * T, D] rounded, where that is known.
+        """
         batch, tokens, width = x.shape
         out, trace = None, None
         if self.experts is not None:
@@ -49,7 +55,7 @@ class MoE(nnx.Module):
             out = self.experts(flat, routing, self.execution.products).reshape(x.shape)
             trace = MoETrace(*(part.reshape(batch, tokens, -1) for part in routing[:3]))
         if self.shared_experts is not None:
-            shared = self.shared_experts(x, self.execution.products)
+            shared = self.shared_experts(x, self.execution.products, codes)
             out = shared if out is None else out + shared
         assert out is not None, "a config has routed or shared experts"
         return out, trace

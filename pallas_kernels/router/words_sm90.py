@@ -1,0 +1,144 @@
+"""Words that thread blocks hand to one another: a word that is not 0 is there.
+
+The memory is 0 at the start. Who has a value stores it as an int32 that is not 0, and who needs it loads until it is
+not: one way through the L2 cache, where a semaphore takes three (the store's answer, the signal, the load behind it).
+The simulated GPU has no such memory between launches of one kernel: there what has been stored is there.
+"""
+
+# Mosaic's Python is not typed for outsiders.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf, vector
+
+from pallas_kernels.mosaic.interpreter import is_interpreted
+
+THREADS = 128
+_LEAST = -(2**31)
+
+
+def lanes(count: int) -> Any:
+    """Element i of a vector in thread i % 128."""
+    return plgpu.Layout.WG_STRIDED((count,), vec_size=1)
+
+
+def of_float(x: jax.Array) -> jax.Array:
+    """float32 as words: zero is the negative one."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits == 0, _LEAST, bits)
+
+
+def publish(words_gmem: Any, start: jax.Array, stride: int, words: jax.Array, shape: tuple[int, int]) -> None:
+    """words_gmem[start + r * stride + c] = words[r, c], none of them 0, for r and c in `shape`.
+
+    words: [n] in `lanes`, of which those from rows * columns on are nobody's.
+    """
+    rows, columns = shape
+    if is_interpreted():
+        for r in range(rows):
+            words_gmem[pl.ds(start + r * stride, columns)] = words[r * columns : (r + 1) * columns]
+        return
+    layout = lanes(len(words))
+    item = plgpu.broadcasted_iota(jnp.int32, words.shape, 0, layout=layout)
+    index = start + lax.div(item, columns) * stride + lax.rem(item, columns)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout, layout))
+    def run(_ctx: Any, ref: ir.Value, index: Any, words: Any, item: Any) -> None:
+        for at, i in _each(index):
+            there = arith.cmpi(arith.CmpIPredicate.slt, _scalar(item.registers[at]), utils.c(rows * columns, _word()))
+            ptx = "@$2 st.relaxed.gpu.global.b32 [$0], $1;"
+            args = [_address(ref, i), _scalar(words.registers[at]), there]
+            llvm.inline_asm(None, args, ptx, "l,r,b,~{memory}", has_side_effects=True)
+
+    run(words_gmem, index, words, item)
+
+
+def clear(words_gmem: Any, start: jax.Array, stride: int, shape: tuple[int, int]) -> None:
+    """words_gmem[start + r * stride + c] = 0 for r and c in `shape`, whose columns are a multiple of 4."""
+    rows, columns = shape
+    each = columns // 4
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def run(_ctx: Any, ref: ir.Value, start: Any) -> None:
+        base = _address(ref, _scalar(start.registers.item()))
+        thread = arith.remui(utils.thread_idx(), utils.c(THREADS, _word()))
+        for first in range(0, rows * each, THREADS):
+            item = arith.addi(thread, utils.c(first, _word()))
+            row, column = (operation(item, utils.c(each, _word())) for operation in (arith.divui, arith.remui))
+            index = arith.addi(_times(row, stride), _times(column, 4))
+            exists = arith.cmpi(arith.CmpIPredicate.ult, item, utils.c(rows * each, _word()))
+            args = [utils.getelementptr(base, [index], _word()), utils.c(0, _word()), exists]
+            ptx = "@$2 st.global.v4.b32 [$0], {$1, $1, $1, $1};"
+            llvm.inline_asm(None, args, ptx, "l,r,b,~{memory}", has_side_effects=True)
+
+    run(words_gmem, start)
+
+
+def wait_for(words_gmem: Any, indices: list[jax.Array]) -> list[jax.Array]:
+    """words_gmem[index] for vectors in `lanes`, as soon as all are there."""
+    if is_interpreted():
+        return [words_gmem[...][index] for index in indices]
+    layout = lanes(len(indices[0]))
+    found = plgpu.ShapeDtypeStruct(indices[0].shape, jnp.dtype(jnp.int32), layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [layout] * len(indices)), return_type=[found] * len(indices))
+    def run(_ctx: Any, ref: ir.Value, indices: list[Any]) -> list[Any]:
+        addresses = [_address(ref, i) for index in indices for _, i in _each(index)]
+        words = iter(_until_all_are_there(addresses))
+        result = []
+        for index in indices:
+            registers = np.empty_like(index.registers)
+            for at in np.ndindex(*registers.shape):
+                registers[at] = vector.broadcast(ir.VectorType.get((1,), _word()), next(words))
+            result.append(mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True))
+        return result
+
+    return run(words_gmem, indices)
+
+
+def _until_all_are_there(addresses: list[ir.Value]) -> list[ir.Value]:
+    loop = scf.WhileOp([_word()] * len(addresses), [])
+    with ir.InsertionPoint.at_block_begin(loop.before.blocks.append()):
+        ptx = "ld.relaxed.gpu.global.b32 $0, [$1];"
+        words = [
+            llvm.inline_asm(_word(), [address], ptx, "=r,l,~{memory}", has_side_effects=True) for address in addresses
+        ]
+        least = functools.reduce(arith.minui, words)
+        missing = arith.cmpi(arith.CmpIPredicate.eq, least, utils.c(0, _word()))
+        scf.condition(missing, words)
+    with ir.InsertionPoint.at_block_begin(loop.after.blocks.append(*[_word()] * len(addresses))):
+        scf.yield_([])
+    return list(loop.results)
+
+
+def _address(ref: ir.Value, index: ir.Value) -> ir.Value:
+    return utils.getelementptr(utils.memref_ptr(ref), [index], _word())
+
+
+def _each(x: Any) -> Any:
+    return ((at, _scalar(register)) for at, register in np.ndenumerate(x.registers))
+
+
+def _scalar(register: ir.Value) -> ir.Value:
+    return vector.extract(register, [], [0]) if isinstance(register.type, ir.VectorType) else register
+
+
+def _times(x: ir.Value, factor: int) -> ir.Value:
+    return arith.muli(x, utils.c(factor, _word()))
+
+
+def _word() -> ir.Type:
+    return ir.IntegerType.get_signless(32)

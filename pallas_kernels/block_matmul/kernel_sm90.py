@@ -98,17 +98,9 @@ def many_rows(
     early_wait = blocks == 1 and len(cut.products) > tiling.in_flight
 
     def kernel(
-        a_gmem,
-        a_scale_gmem,
-        w_gmems,
-        w_scale_gmems,
-        expert_gmem,
-        count_gmem,
-        factors_gmem,
-        y_gmem,
-        *exchanged,
-        **scratch,
-    ):
+        a_gmem, a_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem,
+        *exchanged, **scratch,
+    ):  # fmt: skip
         a_smem, w_smem, y_smem, filled, free = (scratch[name] for name in ("a", "w", "y", "filled", "free"))
         warpgroup = lax.axis_index("warpgroup")
         share = 0 if tiling.shares == 1 else lax.axis_index(AXIS)
@@ -150,7 +142,7 @@ def many_rows(
                 for _ in range(1 + count):
                     plgpu.barrier_arrive(filled.at[slot])
 
-            produce(loop, steps, stages, free, copy, end if early_wait else None)
+            produce(loop, steps, stages, free, copy, end=end if early_wait else None)
 
         @pl.when(warpgroup < CONSUMERS)
         def consume():

@@ -231,4 +231,4 @@ def test_a_benchmark_computes_what_it_says():
         got = jax.block_until_ready(kernel_sm90.pre(sets[0], *sets[1], **HOW))
     assert case.wrong(got, want) is None
     assert "comb: relative error" in (case.wrong((got[0], Mix(got[1].post, 2 * got[1].comb)), want) or "")
-    assert len(list(bench.benches())) == 2 * len(BENCH) and case.ours and case.limit > 0
+    assert len(list(bench.benches())) == 3 * len(BENCH) and case.ours and case.limit > 0

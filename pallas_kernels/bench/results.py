@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul import tilings as grouped_tilings
 
 Row = dict[str, Any]
 TABLE = "tiling_h100.json"
-TABLE_DEVICE = "H100"
+TABLE_DEVICES = "H100", "H200"  # one chip, but for its memory
 # op -> kinds of tilings in its table.
 KINDS: dict[str, dict[str, type]] = {"block_matmul": tilings.KINDS, "grouped_matmul": grouped_tilings.KINDS}
 
@@ -76,8 +76,8 @@ def write_tables(rows: Iterable[Row], root: Path | None = None) -> list[Path]:
     of_op: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("kind") and row["us"] is not None:
-            if TABLE_DEVICE not in row["device"]:
-                raise TableError(f"{row['op']} {row['case']} was measured on {row['device']}: {TABLE} is of an H100")
+            if not any(name in row["device"] for name in TABLE_DEVICES):
+                raise TableError(f"{row['op']} {row['case']} was measured on {row['device']}: {TABLE} is of an H100 or H200")
             of_op.setdefault(row["op"], []).append(row)
     paths = []
     for op, found in of_op.items():

@@ -148,12 +148,14 @@ def _attend(
     sink = None if sink is None else _filled(sink.astype(jnp.float32), 0, filled)
     blocks = sum(-(-layout.most // entries_sm90.BLOCK) for layout, _ in sources)
     parts = splits(batch * tokens * filled // HEADS, blocks, sm_count())
-    factors = None
+    factors, turned_from = None, flat.shape[-1]
     if rotation is not None:
-        begin, size = spread[-1]
-        factors = turn_sm90.factors(rotation, flat.shape[-1], begin + size)
-    kernel = many_sm90 if blocks >= MANY * parts else kernel_sm90
-    out, lse = kernel.attend(flat, sources, sink, factors, tokens=tokens, scale=scale, splits=parts)
+        end = sum(spread[-1])
+        factors, turned_from = turn_sm90.factors(rotation, flat.shape[-1], end), end - 2 * rotation.cos.shape[-1]
+    attend = kernel_sm90.attend
+    if blocks >= MANY * parts:
+        attend = functools.partial(many_sm90.attend, turned_from=turned_from)
+    out, lse = attend(flat, sources, sink, factors, tokens=tokens, scale=scale, splits=parts)
     if parts > 1:
         out, lse = combine_sm90.combine(out, lse, sink, factors, q.dtype)
     out = jnp.concatenate([out[:, :heads, begin : begin + size] for begin, size in spread], axis=-1)

@@ -10,7 +10,7 @@ CHUNK, LOAD, GATHER, FEW = 16, 32, 6, 2  # the most of a thread at once; see Row
 WARPGROUPS = 4
 SINGLE = 8192  # entries up to which tiles are single entries
 MOST_CHOSEN, MOST_ENTRIES = 2048, 262144
-MOST_RANKED = 1024  # of more, shared memory has no room for those that are nearly among them
+MOST_RANKED = 1024  # of more, shared memory has no room for those that are nearly among them, nor for spare tiles
 SPARE = 128  # the most tiles above k: a bin of keys often holds some that are not needed
 TILES = 8, 16, 32
 
@@ -67,7 +67,7 @@ def tiled(columns: int, k: int, tile: int, warpgroups: int | None = None) -> Row
     if warpgroups is None:
         warpgroups = min(WARPGROUPS, _power(tiles) // LANES)
     threads = warpgroups * LANES
-    spare = min(k // 4, SPARE)
+    spare = min(k // 4, SPARE) if k <= MOST_RANKED else 0
     picked = min(k + spare, tiles)
     near, whole = picked * tile, max(_power(k), threads)
     ranked = k + spare + SPARE if k <= MOST_RANKED else 0

@@ -23,10 +23,13 @@ from pallas_kernels.sparse_attention.turn_sm90 import turned
 
 
 class Whole(NamedTuple):
-    """What enters where a query's entries are not divided: the sinks of heads, and what rotary channels turn by."""
+    """What enters where a query's entries are not divided: the sinks of heads, and what channels from `turned_from` on
+    turn by.
+    """
 
     sink_gmem: Any
     factors_gmem: Any
+    turned_from: int
 
 
 def finish(
@@ -80,7 +83,7 @@ def put(
         of_codes = [first + begin // TILE < tiles for begin in begins]
         for begin, is_codes, tile in zip(begins, of_codes, convert.natural(x, of_codes), strict=True):
             here = pl.ds(begin, TILE)
-            if whole.factors_gmem is not None:
+            if whole.factors_gmem is not None and adder * half + begin + TILE > whole.turned_from:
                 layout = convert.layout_of(is_codes)
                 factors_gmem = whole.factors_gmem.at[unit.query, :, pl.ds(adder * half + begin, TILE)]
                 tile = turned(tile, *(of_channels(factors_gmem.at[j], layout) for j in range(2)), layout)

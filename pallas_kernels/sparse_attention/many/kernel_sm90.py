@@ -67,12 +67,13 @@ def attend(
     tokens: int,
     scale: float,
     splits: int = 1,
+    turned_from: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """out [N, H, K] bfloat16 and lse float32 [N, H] of q bfloat16 [N, H, K], N = B * tokens, H a multiple of 64.
 
     K is a multiple of 128. All sources have entries in the same format; their channels are those of their codes, filled
     up with zeros to a multiple of 64, and then of what is bfloat16, filled up to K. sink float32 [H], None for none.
-    factors: see `turn_sm90.factors`, None where nothing is turned.
+    factors: see `turn_sm90.factors`, None where nothing is turned; channels before `turned_from` are not.
     With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
     float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
@@ -83,7 +84,7 @@ def attend(
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
-        whole = Whole(sink_gmem, factors_gmem) if splits == 1 else Whole(None, None)
+        whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
 

@@ -77,7 +77,7 @@ def write_tables(rows: Iterable[Row], root: Path | None = None) -> list[Path]:
     for row in rows:
         if row.get("kind") and row["us"] is not None:
             if not any(name in row["device"] for name in TABLE_DEVICES):
-                raise TableError(f"{row['op']} {row['case']} was measured on {row['device']}: {TABLE} is of an H100 or H200")
+                raise TableError(f"{row['op']} {row['case']} was measured on {row['device']}: {TABLE} is of Hopper")
             of_op.setdefault(row["op"], []).append(row)
     paths = []
     for op, found in of_op.items():

@@ -25,6 +25,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
+from pallas_kernels.mosaic.addresses import fragmented, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.gather_sm90 import ROWS, TILE
@@ -155,11 +156,9 @@ def _reinterpreted(words: jax.Array, dtype: Any, held: Any, layout: Any) -> jax.
         registers = []
         for register in words.registers.flat:
             for first in range(0, 4, each):
-                part = vector.extract_strided_slice(
-                    ir.VectorType.get((each,), gather.i32()), register, [first], [each], [1]
-                )
+                part = vector.extract_strided_slice(ir.VectorType.get((each,), i32()), register, [first], [each], [1])
                 registers.append(vector.bitcast(kind, part))
         shape = layout.to_mgpu().registers_shape((ROWS, TILE))
-        return gather.fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
+        return fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
 
     return reinterpret(words)

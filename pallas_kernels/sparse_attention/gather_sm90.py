@@ -25,11 +25,21 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.mosaic.addresses import (
+    address_of,
+    behind,
+    constant,
+    fragmented,
+    i32,
+    load_words,
+    scalar,
+    times,
+    vector_of,
+)
 from pallas_kernels.mosaic.interpreter import is_interpreted
 
 ROWS = 32  # that a warpgroup holds at once
@@ -40,7 +50,6 @@ WORDS = TILE // 4  # of a tile of codes
 CODES = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, WORDS), (8, WORDS), (4,))), (-5,), (-3, -2), -1)
 TAIL = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, 2 * WORDS), (8, 2 * WORDS), (16,), (4,))), (-6,), (-4, -2), -1)
 EACH_ROW = CODES.reduce(1)  # of a vector with one element a row
-_LOAD = "ld.global"  # with .nc, what is loaded next would move before a fence, which waits for it
 
 
 @dataclass(frozen=True)
@@ -146,11 +155,11 @@ def look_up(table_gmem: Any, sequence: jax.Array, index: jax.Array) -> jax.Array
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), EACH_ROW), return_type=found)
     def look(_ctx: Any, line: ir.Value, index: Any) -> Any:
-        start = _address(line)
+        start = address_of(line)
         registers = np.empty_like(index.registers)
         for at, register in np.ndenumerate(index.registers):
-            offset = _times(_scalar(register), 4)
-            (value,) = _load(arith.addi(start, offset), 1)
+            offset = times(scalar(register), 4)
+            (value,) = load_words(arith.addi(start, offset), 1)
             registers[at] = vector.broadcast(ir.VectorType.get((1,), i32()), value)
         return fragmented(registers, EACH_ROW)
 
@@ -164,9 +173,9 @@ def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, r
 
     @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), EACH_ROW, EACH_ROW))
     def prefetch(_ctx: Any, arrays: tuple[ir.Value, ...], page: Any, row: Any) -> None:
-        page, row = (_scalar(x.registers.item()) for x in (page, row))
-        lane = arith.andi(utils.thread_idx(), _constant(LANES - 1))
-        seen = arith.cmpi(arith.CmpIPredicate.sge, row, _constant(0))
+        page, row = (scalar(x.registers.item()) for x in (page, row))
+        lane = arith.andi(utils.thread_idx(), constant(LANES - 1))
+        seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
         bulk = "cp.async.bulk.prefetch.L2.global [$0], {};"
         pieces = [(parts.tail, bulk.format(parts.tail.size))]
         if parts.codes is not None and parts.scale is not None:
@@ -177,9 +186,9 @@ def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, r
                 pieces.append((parts.codes, bulk.format(parts.codes.size)))
             pieces.append((parts.scale, "prefetch.global.L2 [$0];"))
         for i, (part, instruction) in enumerate(pieces):
-            here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, _constant(i)))
+            here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, constant(i)))
             ask = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {instruction} }}"
-            operands = [_behind(_start(arrays, part, page, row), part.begin), arith.extui(i32(), here)]
+            operands = [behind(start_of(arrays, part, page, row), part.begin), arith.extui(i32(), here)]
             llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ask, "l,r", has_side_effects=True)
 
     prefetch(arrays_gmem, page, row)
@@ -210,90 +219,35 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _load_in_mosaic(arrays: list[Any], of_each: Sequence[Piece], second: Any, page: Any, row: Any) -> list[Any]:
-    page, row, second = (_scalar(x.registers.item()) for x in (page, row, second))
-    seen = arith.cmpi(arith.CmpIPredicate.sge, row, _constant(0))
+    page, row, second = (scalar(x.registers.item()) for x in (page, row, second))
+    seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
     piece, begins = of_each[0], [x.part.begin + x.begin for x in of_each]
-    starts = [_start(of, x.part, page, row) for of, x in zip(arrays, of_each, strict=True)]
+    starts = [start_of(of, x.part, page, row) for of, x in zip(arrays, of_each, strict=True)]
     begin = begins[0]
     if len(set(begins)) > 1:
-        starts, begin = [_behind(*x) for x in zip(starts, begins, strict=True)], 0
+        starts, begin = [behind(*x) for x in zip(starts, begins, strict=True)], 0
     start = starts[0]
     if len(starts) > 1:
-        start = arith.select(arith.cmpi(arith.CmpIPredicate.eq, second, _constant(1)), starts[1], starts[0])
+        start = arith.select(arith.cmpi(arith.CmpIPredicate.eq, second, constant(1)), starts[1], starts[0])
     shape = piece.layout.to_mgpu().registers_shape(piece.shape)
     if piece.layout == EACH_ROW:
-        words = _load(_behind(start, begin), piece.size // 4, seen)
-        return [fragmented(np.full(shape, _vector([word]), dtype=object), EACH_ROW) for word in words]
-    lane = arith.andi(utils.thread_idx(), _constant(LANES - 1))
-    start = arith.addi(start, _times(lane, 16))
+        words = load_words(behind(start, begin), piece.size // 4, seen)
+        return [fragmented(np.full(shape, vector_of([word]), dtype=object), EACH_ROW) for word in words]
+    lane = arith.andi(utils.thread_idx(), constant(LANES - 1))
+    start = arith.addi(start, times(lane, 16))
     registers = np.empty(shape, dtype=object)
     for i, at in enumerate(np.ndindex(*shape)):
         lanes = (piece.size - i * TILE) // 16  # that have something to load
         if lanes <= 0:
-            registers[at] = _vector([_constant(0)] * 4)
+            registers[at] = vector_of([constant(0)] * 4)
             continue
         mine = seen
         if lanes < LANES:
-            mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, _constant(lanes)))
-        registers[at] = _vector(_load(_behind(start, begin + i * TILE), 4, mine))
+            mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, constant(lanes)))
+        registers[at] = vector_of(load_words(behind(start, begin + i * TILE), 4, mine))
     return [fragmented(registers, piece.layout)]
 
 
-def _start(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
+def start_of(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
     """Where a row is, but for the constant where a part of it begins: several parts share this address."""
-    return arith.addi(_address(arrays[part.array]), arith.addi(_times(page, part.page), _times(row, part.row)))
-
-
-def _load(address: ir.Value, count: int, seen: ir.Value | None = None) -> list[ir.Value]:
-    """`count` words at an address in device memory; zeros, and no access, where not `seen`."""
-    outputs = ", ".join(f"${i}" for i in range(count))
-    wide, target = (f".v{count}", f"{{{outputs}}}") if count > 1 else ("", outputs)
-    load = f"{_LOAD}{wide}.b32 {target}, [${count}];"
-    operands, constraints = [address], ["=&r"] * count + ["l"]
-    if seen is not None:
-        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
-        load = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}"
-        operands.append(arith.extui(i32(), seen))
-        constraints.append("r")
-    kind = llvm.StructType.get_literal([i32()] * count) if count > 1 else i32()
-    found = llvm.inline_asm(kind, operands, load, ",".join(constraints), has_side_effects=True)
-    return [llvm.extractvalue(i32(), found, [i]) for i in range(count)] if count > 1 else [found]
-
-
-def _behind(address: ir.Value, offset: int) -> ir.Value:
-    return arith.addi(address, arith.constant(_i64(), offset))
-
-
-def _address(array: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(_i64(), utils.memref_ptr(array))
-
-
-def _times(number: ir.Value, factor: int) -> ir.Value:
-    """number, which is not negative where it matters, times a constant, in 64 bits."""
-    return arith.muli(arith.extsi(_i64(), number), arith.constant(_i64(), factor))
-
-
-def _scalar(register: ir.Value) -> ir.Value:
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    return vector.extract(register, [], [0])
-
-
-def _vector(values: list[ir.Value]) -> ir.Value:
-    return vector.from_elements(ir.VectorType.get((len(values),), i32()), values)
-
-
-def i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
-
-
-def _constant(value: int) -> ir.Value:
-    return arith.constant(i32(), value)
-
-
-def fragmented(registers: np.ndarray, layout: Any, signed: bool | None = True) -> mgpu.FragmentedArray:
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)
+    return arith.addi(address_of(arrays[part.array]), arith.addi(times(page, part.page), times(row, part.row)))

@@ -25,6 +25,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
+from pallas_kernels.mosaic.addresses import fragmented, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 from pallas_kernels.sparse_attention.many.gather_sm90 import LANES, ROWS, TILE
@@ -109,7 +110,7 @@ def _parted(eights: np.ndarray, layout: Any, rows: int) -> Any:
     for i in range(registers.size):
         block, row = divmod(i, len(eights))
         registers.flat[i] = vector.extract_strided_slice(pair, eights[row], [2 * block], [2], [1])
-    return gather.fragmented(registers, layout, None)
+    return fragmented(registers, layout, None)
 
 
 def natural(x: jax.Array, tiles: Sequence[bool]) -> tuple[jax.Array, ...]:
@@ -144,7 +145,7 @@ def _joined(pairs: np.ndarray, kind: ir.Type, layout: Any) -> Any:
         row, half = divmod(i, 2)
         four = pairs[4 * half : 4 * half + 4, row]
         registers.flat[i] = vector.from_elements(kind, [vector.extract(x, [], [e]) for x in four for e in range(2)])
-    return gather.fragmented(registers, layout, None)
+    return fragmented(registers, layout, None)
 
 
 def exponent(scale: tuple[jax.Array, ...], tiles: int, tail: jax.Array) -> jax.Array:
@@ -220,11 +221,9 @@ def _reinterpreted(words: jax.Array, dtype: Any, held: Any, layout: Any) -> jax.
         registers = []
         for register in words.registers.flat:
             for first in range(0, 4, each):
-                part = vector.extract_strided_slice(
-                    ir.VectorType.get((each,), gather.i32()), register, [first], [each], [1]
-                )
+                part = vector.extract_strided_slice(ir.VectorType.get((each,), i32()), register, [first], [each], [1])
                 registers.append(vector.bitcast(kind, part))
         shape = layout.to_mgpu().registers_shape((ROWS, TILE))
-        return gather.fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
+        return fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
 
     return reinterpret(words)

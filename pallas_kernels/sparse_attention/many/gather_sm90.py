@@ -25,13 +25,23 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels.mosaic.addresses import (
+    address_of,
+    behind,
+    constant,
+    fragmented,
+    i32,
+    load_words,
+    scalar,
+    times,
+    vector_of,
+)
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.gather_sm90 import Part, Parts, Piece
+from pallas_kernels.sparse_attention.gather_sm90 import Parts, Piece, start_of
 
 ROWS = 64  # that a warpgroup holds at once
 TILE = 64  # channels that share a scale
@@ -43,7 +53,6 @@ TAIL = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS, 2 * WORDS), (16, 2 * WORDS), (8, 2 * WORDS), (16,), (4,))), (-8,), (-4, -2), -1
 )
 EACH_ROW = CODES.reduce(1)  # of a vector with one element a row
-_LOAD = "ld.global"  # with .nc, what is loaded next would move before a fence, which waits for it
 
 
 def pieces(parts: Parts) -> tuple[tuple[Piece, ...], ...]:
@@ -94,11 +103,11 @@ def look_up(table_gmem: Any, sequence: jax.Array, index: jax.Array) -> jax.Array
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), EACH_ROW), return_type=found)
     def look(_ctx: Any, line: ir.Value, index: Any) -> Any:
-        start = _address(line)
+        start = address_of(line)
         registers = np.empty_like(index.registers)
         for at, register in np.ndenumerate(index.registers):
-            offset = _times(_scalar(register), 4)
-            (value,) = _load(arith.addi(start, offset), 1)
+            offset = times(scalar(register), 4)
+            (value,) = load_words(arith.addi(start, offset), 1)
             registers[at] = vector.broadcast(ir.VectorType.get((1,), i32()), value)
         return fragmented(registers, EACH_ROW)
 
@@ -131,7 +140,7 @@ def _words(x: jax.Array) -> jax.Array:
 
 
 def _load_in_mosaic(arrays: list[Any], of_each: Sequence[Piece], places: list[Any], second: Any) -> list[Any]:
-    second = arith.cmpi(arith.CmpIPredicate.eq, _scalar(second.registers.item()), constant(1))
+    second = arith.cmpi(arith.CmpIPredicate.eq, scalar(second.registers.item()), constant(1))
     lane = arith.andi(utils.thread_idx(), constant(LANES - 1))
     rows = zip(*(held(*place) for place in places), strict=True)
     loaded = [_load_row(arrays, of_each, places_of_row, second, lane) for places_of_row in rows]
@@ -139,7 +148,7 @@ def _load_in_mosaic(arrays: list[Any], of_each: Sequence[Piece], places: list[An
     shape = piece.layout.to_mgpu().registers_shape(piece.shape)
     if piece.layout != EACH_ROW:
         return [fragmented(_array([x for of_row in loaded for x in of_row], shape), piece.layout)]
-    words = zip(*([_vector([word]) for word in of_row] for of_row in loaded), strict=True)
+    words = zip(*([vector_of([word]) for word in of_row] for of_row in loaded), strict=True)
     return [fragmented(_array(list(x), shape), EACH_ROW) for x in words]
 
 
@@ -158,24 +167,24 @@ def _load_row(
     if len(starts) > 1:
         start = arith.select(second, starts[1], starts[0])
     if piece.layout == EACH_ROW:
-        return _load(behind(start, begin), piece.size // 4, seen)
-    start = arith.addi(start, _times(lane, 16))
+        return load_words(behind(start, begin), piece.size // 4, seen)
+    start = arith.addi(start, times(lane, 16))
     registers = []
     for i in range(piece.shape[1] // WORDS):
         lanes = (piece.size - i * TILE) // 16  # that have something to load
         if lanes <= 0:
-            registers.append(_vector([constant(0)] * 4))
+            registers.append(vector_of([constant(0)] * 4))
             continue
         mine = seen
         if lanes < LANES:
             mine = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.slt, lane, constant(lanes)))
-        registers.append(_vector(_load(behind(start, begin + i * TILE), 4, mine)))
+        registers.append(vector_of(load_words(behind(start, begin + i * TILE), 4, mine)))
     return registers
 
 
 def held(pages: Any, rows: Any) -> list[tuple[ir.Value, ir.Value]]:
     """Page and row of each row that a lane has a part of."""
-    return [(_scalar(page), _scalar(row)) for page, row in zip(pages.registers.flat, rows.registers.flat, strict=True)]
+    return [(scalar(page), scalar(row)) for page, row in zip(pages.registers.flat, rows.registers.flat, strict=True)]
 
 
 def _array(registers: list[ir.Value], shape: tuple[int, ...]) -> np.ndarray:
@@ -183,63 +192,3 @@ def _array(registers: list[ir.Value], shape: tuple[int, ...]) -> np.ndarray:
     for i, register in enumerate(registers):
         found[i] = register
     return found.reshape(shape)
-
-
-def start_of(arrays: tuple[ir.Value, ...], part: Part, page: ir.Value, row: ir.Value) -> ir.Value:
-    """Where a row is, but for the constant where a part of it begins: several parts share this address."""
-    return arith.addi(_address(arrays[part.array]), arith.addi(_times(page, part.page), _times(row, part.row)))
-
-
-def _load(address: ir.Value, count: int, seen: ir.Value | None = None) -> list[ir.Value]:
-    """`count` words at an address in device memory; zeros, and no access, where not `seen`."""
-    outputs = ", ".join(f"${i}" for i in range(count))
-    wide, target = (f".v{count}", f"{{{outputs}}}") if count > 1 else ("", outputs)
-    load = f"{_LOAD}{wide}.b32 {target}, [${count}];"
-    operands, constraints = [address], ["=&r"] * count + ["l"]
-    if seen is not None:
-        zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
-        load = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}"
-        operands.append(arith.extui(i32(), seen))
-        constraints.append("r")
-    kind = llvm.StructType.get_literal([i32()] * count) if count > 1 else i32()
-    found = llvm.inline_asm(kind, operands, load, ",".join(constraints), has_side_effects=True)
-    return [llvm.extractvalue(i32(), found, [i]) for i in range(count)] if count > 1 else [found]
-
-
-def behind(address: ir.Value, offset: int) -> ir.Value:
-    return arith.addi(address, arith.constant(_i64(), offset))
-
-
-def _address(array: ir.Value) -> ir.Value:
-    return llvm.ptrtoint(_i64(), utils.memref_ptr(array))
-
-
-def _times(number: ir.Value, factor: int) -> ir.Value:
-    """number, which is not negative where it matters, times a constant, in 64 bits."""
-    return arith.muli(arith.extsi(_i64(), number), arith.constant(_i64(), factor))
-
-
-def _scalar(register: ir.Value) -> ir.Value:
-    if not isinstance(register.type, ir.VectorType):
-        return register
-    return vector.extract(register, [], [0])
-
-
-def _vector(values: list[ir.Value]) -> ir.Value:
-    return vector.from_elements(ir.VectorType.get((len(values),), i32()), values)
-
-
-def i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
-
-
-def constant(value: int) -> ir.Value:
-    return arith.constant(i32(), value)
-
-
-def fragmented(registers: np.ndarray, layout: Any, signed: bool | None = True) -> mgpu.FragmentedArray:
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=signed)

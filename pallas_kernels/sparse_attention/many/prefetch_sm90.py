@@ -17,8 +17,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.mosaic.addresses import behind, constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.gather_sm90 import Parts
+from pallas_kernels.sparse_attention.gather_sm90 import Parts, start_of
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 
 
@@ -29,7 +30,7 @@ def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, r
 
     @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), gather.EACH_ROW, gather.EACH_ROW))
     def prefetch(_ctx: Any, arrays: tuple[ir.Value, ...], pages: Any, rows: Any) -> None:
-        lane = arith.andi(utils.thread_idx(), gather.constant(gather.LANES - 1))
+        lane = arith.andi(utils.thread_idx(), constant(gather.LANES - 1))
         for page, row in gather.held(pages, rows):
             _prefetch_row(arrays, parts, page, row, lane)
 
@@ -47,10 +48,10 @@ def _prefetch_row(arrays: tuple[ir.Value, ...], parts: Parts, page: ir.Value, ro
         else:
             pieces.append((parts.codes, bulk.format(parts.codes.size)))
         pieces.append((parts.scale, "prefetch.global.L2 [$0];"))
-    seen = arith.cmpi(arith.CmpIPredicate.sge, row, gather.constant(0))
+    seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
     for i, (part, instruction) in enumerate(pieces):
-        here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, gather.constant(i)))
+        here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, constant(i)))
         ask = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {instruction} }}"
-        address = gather.behind(gather.start_of(arrays, part, page, row), part.begin)
-        operands = [address, arith.extui(gather.i32(), here)]
+        address = behind(start_of(arrays, part, page, row), part.begin)
+        operands = [address, arith.extui(i32(), here)]
         llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ask, "l,r", has_side_effects=True)

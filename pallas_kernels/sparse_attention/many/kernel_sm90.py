@@ -24,10 +24,10 @@ The order of a query's sums depends on its own entries and on how many queries t
 Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; 230 KB through shared memory, 1800
 cycles; 900 instructions of a scoring warp. Next to no register is spilled: local memory would share an L1 cache of 28
 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
-Measured on an H200, 64 heads: 128 queries of 128 + 512 entries 37.2 us (the kernel for few 39.8, FlashMLA 47.6), 64 of
-128 + 8192 189 us (204, 246). With four blocks asked for ahead, not two, these are 40.0 and 210; 64 queries of 128 + 512
-then take 32.3 us, 256 76.0, 512 146, 128 queries of 128 heads, 128 + 1024, 104 us, and one query 17.3 us, which is why
-there is the kernel for few (10.7). Without loads 30.0 us of the 40.0 remain: what binds is not explained yet.
+Measured on an H200 (4.8 TB/s), 64 heads: 128 queries of 128 + 512 entries 37.5 us, 36 % of the bytes' limit (the kernel
+for few 39.8, FlashMLA 47.0), 256 70.2, 512 137, 64 of 128 + 8192 191 us, 37 % (204, 246); 128 queries of 128 heads,
+128 + 1024, 106 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few (10.7).
+Without loads 30.0 us remained of 40.0, which four blocks asked for ahead took: what binds is not explained yet.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -32,8 +32,8 @@ def test_the_table_keeps_the_fastest_tilings(tmp_path, monkeypatch):
     results.write_tables([result("a", 6.0, stages=5)], tmp_path)
     table = json.loads((folder / "tiling_h100.json").read_text())["few_rows"]
     assert table["m=8 n=64 k=128"]["stages"] == 5 and other in table
-    with pytest.raises(TableError, match="was measured on NVIDIA H200"):
-        results.write_tables([result("a", 1.0, device="NVIDIA H200")], tmp_path)
+    with pytest.raises(TableError, match="was measured on NVIDIA B200"):
+        results.write_tables([result("a", 1.0, device="NVIDIA B200")], tmp_path)
 
 
 def test_files_are_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -173,25 +173,30 @@ def prefetch_rows(arrays_gmem: tuple[Any, ...], parts: Parts, page: jax.Array, r
 
     @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), EACH_ROW, EACH_ROW))
     def prefetch(_ctx: Any, arrays: tuple[ir.Value, ...], page: Any, row: Any) -> None:
-        page, row = (scalar(x.registers.item()) for x in (page, row))
         lane = arith.andi(utils.thread_idx(), constant(LANES - 1))
-        seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
-        bulk = "cp.async.bulk.prefetch.L2.global [$0], {};"
-        pieces = [(parts.tail, bulk.format(parts.tail.size))]
-        if parts.codes is not None and parts.scale is not None:
-            size = parts.codes.size + parts.tail.size
-            if replace(parts.codes, begin=parts.codes.begin + parts.codes.size, size=parts.tail.size) == parts.tail:
-                pieces = [(parts.codes, bulk.format(size))]  # one behind the other
-            else:
-                pieces.append((parts.codes, bulk.format(parts.codes.size)))
-            pieces.append((parts.scale, "prefetch.global.L2 [$0];"))
-        for i, (part, instruction) in enumerate(pieces):
-            here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, constant(i)))
-            ask = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {instruction} }}"
-            operands = [behind(start_of(arrays, part, page, row), part.begin), arith.extui(i32(), here)]
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ask, "l,r", has_side_effects=True)
+        prefetch_row(arrays, parts, scalar(page.registers.item()), scalar(row.registers.item()), lane)
 
     prefetch(arrays_gmem, page, row)
+
+
+def prefetch_row(arrays: tuple[ir.Value, ...], parts: Parts, page: ir.Value, row: ir.Value, lane: ir.Value) -> None:
+    """Each lane of a row asks for a piece of its own."""
+    bulk = "cp.async.bulk.prefetch.L2.global [$0], {};"
+    pieces = [(parts.tail, bulk.format(parts.tail.size))]
+    if parts.codes is not None and parts.scale is not None:
+        size = parts.codes.size + parts.tail.size
+        if replace(parts.codes, begin=parts.codes.begin + parts.codes.size, size=parts.tail.size) == parts.tail:
+            pieces = [(parts.codes, bulk.format(size))]  # one behind the other
+        else:
+            pieces.append((parts.codes, bulk.format(parts.codes.size)))
+        pieces.append((parts.scale, "prefetch.global.L2 [$0];"))
+    seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
+    for i, (part, instruction) in enumerate(pieces):
+        here = arith.andi(seen, arith.cmpi(arith.CmpIPredicate.eq, lane, constant(i)))
+        ask = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p {instruction} }}"
+        address = behind(start_of(arrays, part, page, row), part.begin)
+        operands = [address, arith.extui(i32(), here)]
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, ask, "l,r", has_side_effects=True)
 
 
 def _load_in_jnp(arrays_gmem: tuple[Any, ...], piece: Piece, page: jax.Array, row: jax.Array) -> list[jax.Array]:

@@ -15,6 +15,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Linux gives a process 65530 memory maps unless told otherwise (vm.max_map_count). Every compiled program keeps a few
+# until it is forgotten, and XLA aborts the process where it gets no more: one worker compiles enough for that.
+MEMORY_MAPS = 30_000
+
 ORACLE = Path(__file__).parent / "oracle"
 
 
@@ -22,3 +26,12 @@ ORACLE = Path(__file__).parent / "oracle"
 def oracle() -> Path:
     """The folder of recorded numbers (see its README)."""
     return ORACLE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs are dropped after a module once they hold too much of what the process may map."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MEMORY_MAPS:
+        jax.clear_caches()

@@ -39,7 +39,8 @@ def save(model: Model, directory: str | Path) -> None:
     Raises CheckpointError if `directory` is not vacant, for a leaf or key that cannot be stored, or if
     writing fails.
     """
-    from orbax.checkpoint import v1 as ocp
+    with _quiet():
+        from orbax.checkpoint import v1 as ocp
 
     path = Path(directory).expanduser().absolute()
     require_vacant(path)
@@ -64,7 +65,8 @@ def restore(directory: str | Path) -> tuple[ModelConfig, dict[Any, Any]]:
     Raises CheckpointError for a directory that `save` did not write, or that is damaged; ConfigError for a
     config of a later version.
     """
-    from orbax.checkpoint import v1 as ocp
+    with _quiet():
+        from orbax.checkpoint import v1 as ocp
 
     path = Path(directory).expanduser().absolute()
     if not is_orbax(path):
@@ -150,7 +152,7 @@ def _decode(node: Any, path: tuple[Any, ...], notes: _Notes) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs every step through absl; only errors are worth a line."""
+    """Orbax logs every step, its import too, through absl; only errors are worth a line."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,12 +1,31 @@
-"""Compiled without optimisation: these tests compile a hundred small programs and run each a few times."""
+"""Kernels in the interpreter; with JAX_PLATFORMS=cuda,cpu, the same cases compiled, on a Hopper GPU."""
+
+import contextlib
+import os
 
 import jax
 import pytest
 
+from pallas_kernels import mosaic
+
+ON_GPU = os.environ["JAX_PLATFORMS"].startswith("cuda")
+if ON_GPU:  # before the tests import it
+    mosaic.interpreted = contextlib.nullcontext
+
 
 @pytest.fixture(autouse=True, scope="package")
 def compile_quickly():
+    """Compiled without optimisation: these tests compile a hundred small programs and run each a few times."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not ON_GPU)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+def pytest_collection_modifyitems(items):
+    """What is about the interpreter itself, or about a device that is not there, needs a CPU."""
+    if ON_GPU:
+        skip = pytest.mark.skip(reason="of the interpreter, or of a machine without a GPU")
+        for item in items:
+            if item.path.name in ("test_mosaic.py", "test_device.py"):
+                item.add_marker(skip)

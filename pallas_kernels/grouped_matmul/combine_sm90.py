@@ -20,6 +20,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mosaic.launch import compiler_params
+
 PART = 1024  # columns of a thread block: eight a thread
 WARPGROUP = 128
 
@@ -41,5 +43,5 @@ def combine(rows: jax.Array, place: jax.Array) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((tokens, width), rows.dtype),
         grid=(tokens, width // part),
         grid_names=("token", "part"),
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
     )(rows, place)

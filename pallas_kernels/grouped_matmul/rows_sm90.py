@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.mosaic import e2m1_folded as e2m1
-from pallas_kernels.mosaic.launch import sm_count, store_narrow
+from pallas_kernels.mosaic.launch import compiler_params, sm_count, store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import quantized, registers
 from pallas_kernels.quantize_rows.tiling import GROUP, default_tiling
 
@@ -69,7 +69,7 @@ def quantized_rows(
         grid=(min(count * chunks, tiling.per_sm * sm_count()),),
         grid_names=("sm",),
         # No thread reads what a thread has written.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
     )(x.reshape(-1, GROUP), token)
     return codes.reshape(count, k), scale
 

@@ -82,16 +82,19 @@ def make_coefficients(
     scale = [scale_gmem[i] for i in range(3)]
 
     def sum_partials(i: jax.Array) -> None:
-        handover.wait_for(i)
-        slot = lax.rem(i, SLOTS)
-        mixed.at[slot][pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, share.row(i, ring)])
-        plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
+        with jax.named_scope("wait for partials"):
+            handover.wait_for(i)
+        with jax.named_scope("sum"):
+            slot = lax.rem(i, SLOTS)
+            mixed.at[slot][pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, share.row(i, ring)])
+            plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
 
     @pl.loop(0, lax.div(share.rounds + BATCH - 1, BATCH))
     def _batch(b):
         half, first = lax.rem(b, 2), b * BATCH
         rounds = jnp.minimum(BATCH, share.rounds - first)
-        pl.when(b >= 2)(lambda: plgpu.barrier_wait(read.at[half]))
+        with jax.named_scope("wait for finishers"):
+            pl.when(b >= 2)(lambda: plgpu.barrier_wait(read.at[half]))
         pl.loop(0, rounds)(lambda i: sum_partials(first + i))
         of_batch = plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=lane_rows.LAYOUT) - half * BATCH
         tokens = share.token(first + of_batch)
@@ -101,7 +104,8 @@ def make_coefficients(
         inverse_rms = lax.rsqrt(found[SQUARES] / columns + numbers.norm_eps)
         logits = [found[o] * inverse_rms * scale[min(o // STREAMS, 2)] + base[o] for o in range(MIXED)]
         lane_rows.store(post_gmem, tokens, [2 * sigmoid(x) for x in logits[STREAMS : 2 * STREAMS]])
-        lane_rows.store(comb_gmem, tokens, sinkhorn(logits[2 * STREAMS :], numbers))
+        with jax.named_scope("sinkhorn"):
+            lane_rows.store(comb_gmem, tokens, sinkhorn(logits[2 * STREAMS :], numbers))
 
 
 def summed(partial_gmem: Any) -> jax.Array:

@@ -82,18 +82,22 @@ def finish(
 
     def round_(i, held):
         streams, *held = held
-        weights = weights_of(i)
+        with jax.named_scope("wait for numbers"):
+            weights = weights_of(i)
         batch = lax.div(i, BATCH)
         wanted_again = (lax.rem(i, BATCH) == BATCH - 1) & ((batch + 2) * BATCH < share.rounds)
         pl.when(wanted_again)(lambda: plgpu.barrier_arrive(read.at[lax.rem(batch, 2)]))
-        parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(weights, streams, strict=True)]
-        wide = functools.reduce(jnp.add, parts)
+        with jax.named_scope("sum streams"):
+            parts = [weight * stream.astype(jnp.float32) for weight, stream in zip(weights, streams, strict=True)]
+            wide = functools.reduce(jnp.add, parts)
         handover.have_read(i)
-        held = [*held, load_streams(i + ahead)]
+        with jax.named_scope("ask for streams"):
+            held = [*held, load_streams(i + ahead)]
         turn = lax.rem(i, 2)
-        warp_sums.store(squares.at[turn, finisher], wide * wide, layout)
-        plgpu.barrier_arrive(both)
-        plgpu.barrier_wait(both)
+        with jax.named_scope("sum squares"):
+            warp_sums.store(squares.at[turn, finisher], wide * wide, layout)
+            plgpu.barrier_arrive(both)
+            plgpu.barrier_wait(both)
         of_warps = [squares[turn, f, w] for f in range(FINISHERS) for w in range(warp_sums.WARPS)]
         total = functools.reduce(jnp.add, of_warps)
         x = wide * lax.rsqrt(total / width + numbers.norm_eps) * factors
@@ -102,7 +106,8 @@ def finish(
         def _store():
             x_gmem, *codes_gmem = outs_gmem
             rounded = x.astype(jnp.bfloat16)
-            store_narrow(x_gmem, (share.token(i), columns), rounded)
+            with jax.named_scope("store"):
+                store_narrow(x_gmem, (share.token(i), columns), rounded)
             if form is not None:
                 codes_sm90.store(codes_gmem[0], codes_gmem[1], share.token(i), finisher, rounded, form)
 

@@ -38,7 +38,7 @@ from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, PreTiling, default_tiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.quantize_rows.kernel_sm90 import quantize_rows
 
 # Registers a thread of those who project, make coefficients and finish: 128 on average.
@@ -143,6 +143,7 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
         grid_names=("block",),
         num_threads=2 + FINISHERS,
         thread_name="warpgroup",
+        compiler_params=compiler_params(),
         scratch_types={
             **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(),
             "finished": finished,

@@ -23,6 +23,7 @@ from jax import lax
 
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.tiling import CHUNK, STREAMS
+from pallas_kernels.mosaic.launch import compiler_params
 from pallas_kernels.quantize_rows.kernel_sm90 import registers
 
 
@@ -53,7 +54,7 @@ def post(streams: jax.Array, out: jax.Array, mix: Mix) -> jax.Array:
         grid=(len(rows),),
         grid_names=("token",),
         # Threads share nothing.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
     )(
         rows,
         out.reshape(-1, groups, CHUNK),

@@ -97,13 +97,16 @@ def project(
     def of_unit(i: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
         step = i * units + c
         slot = lax.rem(step, stages)
-        plgpu.barrier_wait(filled.at[slot])
-        sums = unit_sums(unit.at[slot], fn.at[:, pl.ds(c * UNIT, UNIT)])
+        with jax.named_scope("wait for streams"):
+            plgpu.barrier_wait(filled.at[slot])
+        with jax.named_scope("multiply"):
+            sums = unit_sums(unit.at[slot], fn.at[:, pl.ds(c * UNIT, UNIT)])
         plgpu.commit_smem()  # everyone has read the unit
 
         @pl.when(step + stages < steps)
         def _next():
-            pl.when(lax.rem(step + stages, units) == 0)(lambda: handover.may_load(lax.div(step + stages, units)))
+            with jax.named_scope("wait for finishers"):
+                pl.when(lax.rem(step + stages, units) == 0)(lambda: handover.may_load(lax.div(step + stages, units)))
             load(step + stages)
 
         return sums
@@ -124,9 +127,10 @@ def project(
         each = GROUP // units
         group, of_group = lax.div(share.part, each), lax.rem(share.part, each)
         rows = pl.ds(share.rows(i, ring), TILE)
-        store_narrow(partial_gmem, (group, of_group, rows, pl.ds(0, MIXED)), product)  # rows of 96 bytes
-        store_narrow(partial_gmem, (group, of_group, rows, SQUARES), squares)
-        handover.done(i)
+        with jax.named_scope("hand over"):
+            store_narrow(partial_gmem, (group, of_group, rows, pl.ds(0, MIXED)), product)  # rows of 96 bytes
+            store_narrow(partial_gmem, (group, of_group, rows, SQUARES), squares)
+            handover.done(i)
 
 
 def unit_sums(f_smem: Any, fn_smem: Any) -> tuple[jax.Array, jax.Array]:

@@ -48,7 +48,7 @@ from pallas_kernels.index_scores.fp4_keys import GROUP
 from pallas_kernels.index_scores.schedule import likely_first, prefetch, walk
 from pallas_kernels.index_scores.tiling import CONSUMERS, ITEM, UNPACKED, ScoreTiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 
 QUERIES = 2  # buffers of a unit's queries
 
@@ -233,7 +233,7 @@ def index_scores(
         grid_names=("sm",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
         scratch_types=_buffers(heads, keys, tiling)
         | {
             "filled": plgpu.Barrier(num_arrivals=2 * (ITEM // part), num_barriers=stages),

@@ -35,7 +35,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.mosaic.launch import sm_count, store_narrow
+from pallas_kernels.mosaic.launch import compiler_params, sm_count, store_narrow
 from pallas_kernels.quantize_rows.tiling import GROUP, RowTiling, default_tiling
 
 MAGNITUDE, INFINITY, NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000  # bits of a float32: all but the sign, and two values
@@ -115,7 +115,7 @@ def quantize_rows(
         grid=(min(chunks, tiling.per_sm * sm_count()),),
         grid_names=("sm",),
         # No thread reads what a thread has written; sums over warps bring barriers of their own.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),
     )(x.reshape(-1, GROUP), None if weight is None else weight.reshape(-1, GROUP))
     return codes.reshape(padded, columns), scale if tokens_last else scale.reshape(padded, blocks)
 

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
-from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.router import multiply_sm90, words_sm90
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
@@ -97,7 +97,7 @@ class Plan:
 
 
 def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: Any, *inputs: Any, **threads: Any) -> Any:
-    names = {"grid": (blocks,), "grid_names": ("block",), **threads}
+    names = {"grid": (blocks,), "grid_names": ("block",), "compiler_params": compiler_params(), **threads}
     return plgpu.kernel(kernel, out_type=out_type, scratch_types=scratch, **names)(*inputs)
 
 
@@ -111,12 +111,13 @@ def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routin
         def choose_one(token: Any) -> list[jax.Array]:
             outs = experts_gmem, weights_gmem, scores_gmem, chosen_words
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
-            return choose(
-                token, logits_words, bias_gmem, given_gmem, *outs, **buffers, rules=plan.rules, parts=plan.cut.parts
-            )
+            how = {"rules": plan.rules, "parts": plan.cut.parts}
+            with jax.named_scope("choose"):
+                return choose(token, logits_words, bias_gmem, given_gmem, *outs, **buffers, **how)
 
         def place_one(token: Any, chosen: list[jax.Array] | None = None) -> None:
-            place(token, chosen_words, counts_gmem, order_gmem, **of_place, rules=plan.rules, chosen=chosen)
+            with jax.named_scope("place"):
+                place(token, chosen_words, counts_gmem, order_gmem, **of_place, rules=plan.rules, chosen=chosen)
 
         def meanwhile() -> None:
             if plan.tokens > 1:
@@ -202,12 +203,15 @@ def multiply(
         multiply_sm90.start(*of_chunk(c))
         return multiply_sm90.products(*of_chunk(c))
 
-    multiply_sm90.start(*of_chunk(0))
-    meanwhile()
-    logits = multiply_sm90.products(*of_chunk(0))
-    if cut.chunks > 1:
-        logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + logits_of(c), logits)
-    publish(words_gmem, first, count, of_float(logits), (tokens, cut.experts))
+    with jax.named_scope("ask"):
+        multiply_sm90.start(*of_chunk(0))
+        meanwhile()
+    with jax.named_scope("multiply"):
+        logits = multiply_sm90.products(*of_chunk(0))
+        if cut.chunks > 1:
+            logits = lax.fori_loop(1, cut.chunks, lambda c, logits: logits + logits_of(c), logits)
+    with jax.named_scope("hand over"):
+        publish(words_gmem, first, count, of_float(logits), (tokens, cut.experts))
 
 
 def clear_words(plan: Plan, logits_words, chosen_words) -> None:

@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.sparse_attention.turn_sm90 import turned
 
 PER_SM = 8  # thread blocks
@@ -73,7 +73,7 @@ def combine(
         ),
         grid=(min(queries * heads, PER_SM * sm_count()),),
         grid_names=("sm",),
-        compiler_params=plgpu.CompilerParams(
+        compiler_params=compiler_params(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )(out, lse, sink, factors)

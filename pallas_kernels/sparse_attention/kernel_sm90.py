@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
-from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
@@ -267,7 +267,7 @@ def attend(
         thread_name="warpgroup",
         # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
         # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
-        compiler_params=plgpu.CompilerParams(
+        compiler_params=compiler_params(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         scratch_types={

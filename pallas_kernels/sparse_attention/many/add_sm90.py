@@ -43,10 +43,12 @@ def prepare(unit: Unit, named: Named, q_gmem: Any, scratch: Scratch, me: jax.Arr
     plgpu.copy_gmem_to_smem(q_gmem.at[unit.query, unit.heads, pl.ds(me * half, half)], q_smem.at[me], scratch["asked"])
     for i in range(0, AHEAD, ADDERS):
         named.ask(me + i)
-    plgpu.barrier_wait(scratch["asked"])
-    rows = pl.ds(me * convert.Q_ROWS, convert.Q_ROWS)
-    convert.convert_q(q_smem, scratch["measure"], rows, scale * LOG2_E, named.parts.tiles)
-    plgpu.commit_smem()
+    with jax.named_scope("load q"):
+        plgpu.barrier_wait(scratch["asked"])
+    with jax.named_scope("convert q"):
+        rows = pl.ds(me * convert.Q_ROWS, convert.Q_ROWS)
+        convert.convert_q(q_smem, scratch["measure"], rows, scale * LOG2_E, named.parts.tiles)
+        plgpu.commit_smem()
     plgpu.barrier_arrive(scratch["prepared"])
 
 
@@ -60,10 +62,13 @@ def add(named: Named, scratch: Scratch, me: jax.Array) -> list[jax.Array]:
 
     def step(i: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
         slot = lax.rem(i, SCORERS)
-        pl.when(lax.rem(i, ADDERS) == me)(lambda: named.ask(i + AHEAD))
-        plgpu.barrier_wait(scratch["scored"].at[slot])
+        with jax.named_scope("ask"):
+            pl.when(lax.rem(i, ADDERS) == me)(lambda: named.ask(i + AHEAD))
+        with jax.named_scope("wait for weights"):
+            plgpu.barrier_wait(scratch["scored"].at[slot])
         sums = lax.cond(scratch["raised"][slot] != 0, lambda x: faded(x, scratch["fade"].at[slot]), lambda x: x, sums)
-        sums = add_products(sums, scratch["weights"].at[slot].T, scratch["entries"].at[slot, me])
+        with jax.named_scope("add"):
+            sums = add_products(sums, scratch["weights"].at[slot].T, scratch["entries"].at[slot, me])
         plgpu.barrier_arrive(scratch["free"].at[slot])
         return sums
 

@@ -48,7 +48,8 @@ def finish(
     bfloat16 goes out through q's shared memory, as float16's bits; float32, the results of splits, at once. The first
     `tiles` tiles of channels are those of codes. sums: of `blocks` blocks of entries.
     """
-    plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
+    with jax.named_scope("wait for sums"):
+        plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
     total, top = totals(blocks, scratch)
     some = total != 0
     lse2 = jnp.where(some, jnp.log2(jnp.where(some, total, 1.0)) + (top - USUAL), 0.0)
@@ -59,8 +60,9 @@ def finish(
     q_smem, sums = scratch["q"], scaled(sums, share)
     half = q_smem.shape[-1]
     out_gmem = out_gmem.at[unit.split, unit.query, unit.heads, pl.ds(me * half, half)]
-    for adder in range(ADDERS):  # their channels are in different orders
-        pl.when(me == adder)(lambda adder=adder: put(unit, sums, q_smem, adder, whole, out_gmem, tiles))
+    with jax.named_scope("put"):
+        for adder in range(ADDERS):  # their channels are in different orders
+            pl.when(me == adder)(lambda adder=adder: put(unit, sums, q_smem, adder, whole, out_gmem, tiles))
     if out_gmem.dtype != jnp.float32:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[me], out_gmem)
@@ -69,7 +71,8 @@ def finish(
     def _lse():
         lse_gmem[unit.split, unit.query, unit.heads] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
 
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    with jax.named_scope("wait for the copy"):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def put(

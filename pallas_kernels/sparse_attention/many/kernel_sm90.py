@@ -44,7 +44,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
-from pallas_kernels.mosaic.launch import sm_count
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
@@ -137,7 +137,7 @@ def attend(
         thread_name="warpgroup",
         # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
         # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
-        compiler_params=plgpu.CompilerParams(
+        compiler_params=compiler_params(
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         scratch_types=scratch_types(width),

@@ -40,11 +40,12 @@ def score(named: Named, scratch: Scratch, me: jax.Array) -> None:
     def step(turn: jax.Array, numbers: jax.Array) -> jax.Array:
         """Block `turn` of this scorer; numbers: those of the block after it."""
         i, now = turn * SCORERS + me, lax.rem(turn, 2)
-        load = named.loads(i, of_rows(slots_smem.at[now]))
-        first = begin(load)
-        slots_smem[1 - now] = named.find(i + SCORERS, numbers)
-        # q is there, and the last query's sums have been read.
-        pl.when(turn == 0)(lambda: plgpu.barrier_wait(scratch["prepared"]))
+        with jax.named_scope("look up"):
+            load = named.loads(i, of_rows(slots_smem.at[now]))
+            first = begin(load)
+            slots_smem[1 - now] = named.find(i + SCORERS, numbers)
+        with jax.named_scope("wait for q"):  # and until the last query's sums have been read
+            pl.when(turn == 0)(lambda: plgpu.barrier_wait(scratch["prepared"]))
         power_of, logits = multiply(load, first, scratch, me, jnp.minimum(i, 0))
         weigh(named, scratch, me, i, of_rows(slots_smem.at[now]), power_of, logits)
         return named.names(i + 2 * SCORERS)
@@ -87,7 +88,8 @@ def multiply(
         held = first.codes
     else:
         power_of, held = largest(functions, first.tails)
-    plgpu.barrier_wait(scratch["free"].at[me])
+    with jax.named_scope("wait for the buffer"):
+        plgpu.barrier_wait(scratch["free"].at[me])
 
     def products(accumulator: Any) -> jax.Array:
         words = list(held)
@@ -96,10 +98,14 @@ def multiply(
             issue(accumulator, scratch, me, tiles, values, False, zero)
         for tile in range(len(functions)):
             now = words.pop(0)
-            values = convert.of_codes(now, first.scale, tile, power_of) if tiles else convert.of_channels(now, power_of)
+            with jax.named_scope("convert"):
+                values = (
+                    convert.of_codes(now, first.scale, tile, power_of) if tiles else convert.of_channels(now, power_of)
+                )
             if tile + DEPTH < len(functions):
                 words += functions[tile + DEPTH]()
-            issue(accumulator, scratch, me, tile, values, tile < tiles, zero)
+            with jax.named_scope("score"):
+                issue(accumulator, scratch, me, tile, values, tile < tiles, zero)
         return accumulator[...]
 
     return power_of, pl.run_scoped(products, plgpu.ACC((BLOCK, columns.COLUMNS), jnp.float32))
@@ -161,7 +167,8 @@ def weigh(
     log = jnp.where(slots == -1, -jnp.inf, (power_of - 127).astype(jnp.float32))
     logits = logits * along(convert.power(power_of)) + along(log)
 
-    pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["topped"].at[other]))
+    with jax.named_scope("wait for the reference"):
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["topped"].at[other]))
     before = jnp.where(i > 0, of_heads(scratch["top"]), LOWEST)
     stale = (i > 0) & (scratch["raised"][other] != 0)
     pl.when(stale)(lambda: fade(sums_smem, scratch["fade"].at[other]))
@@ -170,12 +177,14 @@ def weigh(
     scratch["raised"][me] = raised.astype(jnp.int32)
     pl.when(i + 1 < named.blocks)(lambda: plgpu.barrier_arrive(scratch["topped"].at[me]))
 
-    weights = jnp.exp2(logits - across(top - USUAL))
-    scratch["weights"][me] = weights.astype(jnp.float16)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(scratch["scored"].at[me])
-    before = jnp.where(i < SCORERS, 0.0, of_sums(sums_smem))
-    sums_smem[...] = before + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
+    with jax.named_scope("weigh"):
+        weights = jnp.exp2(logits - across(top - USUAL))
+        scratch["weights"][me] = weights.astype(jnp.float16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["scored"].at[me])
+    with jax.named_scope("sum"):
+        before = jnp.where(i < SCORERS, 0.0, of_sums(sums_smem))
+        sums_smem[...] = before + columns.sums_of_warps(weights * along(convert.power(2 * 127 - power_of)))
 
 
 def raise_top(scratch: Scratch, me: jax.Array, logits: jax.Array, before: jax.Array) -> jax.Array:

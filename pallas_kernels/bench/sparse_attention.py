@@ -43,7 +43,10 @@ def bench(case: DecodeCase) -> Bench:
         name=case.name,
         inputs=functools.partial(inputs, case),
         shared=functools.partial(pools, case),
-        ours={"sm90": jax.jit(functools.partial(run, sm90.attend))},
+        ours={
+            "sm90": jax.jit(functools.partial(run, sm90.attend)),
+            "sm90_staged": jax.jit(functools.partial(run, sm90.attend_staged)),
+        },
         xla={"reference": jax.jit(functools.partial(run, reference.sparse_attention))},
         reference=jax.jit(exact),
         judge=difference,

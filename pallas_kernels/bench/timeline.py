@@ -80,12 +80,11 @@ def table(role: Role) -> str:
     return "\n".join(lines)
 
 
-def run(case: Bench, directory: Path, phases: int) -> list[Path]:
-    """Runs what is timed of a case on two sets of inputs; returns the traces of the second, one a launch."""
-    assert case.usual is not None, f"no kernel takes {case.name}"
+def run(case: Bench, which: str, directory: Path, phases: int) -> list[Path]:
+    """Runs an implementation of a case on two sets of inputs; returns the traces of the second, one a launch."""
     before: set[Path] = set()
     with timeline(directory, phases):
-        call = jax.jit(case.ours[case.usual])
+        call = jax.jit(case.ours[which])
         for inputs in case.sets(2):
             before = set(directory.iterdir())
             jax.block_until_ready(call(inputs))
@@ -101,18 +100,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("op", metavar="OP", choices=OPS, help=f"one of {', '.join(OPS)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="the first case whose name has this in it")
+    parser.add_argument("--which", metavar="NAME", help="implementation or tiling; left out, the one that is timed")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="where traces are left")
     parser.add_argument("--phases", type=int, default=PHASES, help=f"kept of a warpgroup, {PHASES} if left out")
     args = parser.parse_args(argv)
     case = next((case for case in benches(args.op) if args.only in case.name), None)
     if case is None:
         parser.error(f"no case of {args.op} has {args.only!r} in its name: python -m pallas_kernels.bench lists them")
+    which = args.which or case.usual
+    if which not in case.ours:
+        parser.error(f"{case.name} has no {which!r}: there are {', '.join(case.ours)}")
     if jax.default_backend() != "gpu":
         print(f"no GPU here ({jax.devices()[0].device_kind}): {case.name} was not run")
         return 0
     args.to.mkdir(parents=True, exist_ok=True)
-    print(case.name)
-    for path in run(case, args.to, args.phases):
+    print(f"{case.name}, {which}")
+    for path in run(case, which, args.to, args.phases):
         found = roles(json.loads(path.read_text()))
         print(f"\n{path}" if found else f"\n{path}: this kernel names no phases")
         for role in found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Op, kernel
+from pallas_kernels.dispatch import Candidate, Op, kernel, traced_once
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.quant import Pages, Rows
 from pallas_kernels.rotary import Rotation
@@ -20,6 +20,7 @@ DECODE = Op(
     "sparse_attention",
     [
         kernel(sm90.attend, sm90.unsupported_reason),
+        Candidate("sm90_staged", traced_once(sm90.attend_staged), sm90.staged_reason, "it has not run on a GPU yet"),
         reference_candidate(reference.sparse_attention),
     ],
 )

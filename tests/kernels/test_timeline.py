@@ -38,7 +38,8 @@ def test_kernels_have_room_for_it(tmp_path, monkeypatch):
     for op, name in named.items():
         case = next(case for case in op.benches() if case.name.startswith(name))
         with pretend(KINDS["H100 / H200"]), timeline(tmp_path):
-            jax.jit(case.ours[case.usual]).trace(case.shapes()).lower(lowering_platforms=("cuda",))
+            for which in {case.usual, "sm90_staged"} & case.ours.keys():
+                jax.jit(case.ours[which]).trace(case.shapes()).lower(lowering_platforms=("cuda",))
 
 
 def test_it_is_asked_for():
@@ -53,3 +54,6 @@ def test_without_a_gpu_nothing_is_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sparse_attention", "--only", "no such case", "--to", str(tmp_path)])
     assert "'no such case'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sparse_attention", "--which", "other", "--to", str(tmp_path)])
+    assert "no 'other': there are sm90, sm90_staged" in capsys.readouterr().err

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,13 +51,8 @@ def finish(
     """
     with jax.named_scope("wait for sums"):
         plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
-    total, top = totals(blocks, scratch)
-    some = total != 0
-    lse2 = jnp.where(some, jnp.log2(jnp.where(some, total, 1.0)) + (top - USUAL), 0.0)
-    share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
-    if whole.sink_gmem is not None:
-        share = share / (1 + jnp.exp2(of_heads(whole.sink_gmem.at[unit.heads]) * LOG2_E - lse2))
-
+    last = lax.rem(blocks + SCORERS - 1, SCORERS)  # who had the last block, and may have raised the reference in it
+    share, lse = denominators(blocks, last, scratch, unit, whole.sink_gmem, of_heads)
     q_smem, sums = scratch["q"], scaled(sums, share)
     half = q_smem.shape[-1]
     out_gmem = out_gmem.at[unit.split, unit.query, unit.heads, pl.ds(me * half, half)]
@@ -69,7 +65,7 @@ def finish(
 
     @pl.when(me == 0)  # now: the fence before a copy waits for all that is stored before it
     def _lse():
-        lse_gmem[unit.split, unit.query, unit.heads] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
+        lse_gmem[unit.split, unit.query, unit.heads] = lse
 
     with jax.named_scope("wait for the copy"):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -102,13 +98,30 @@ def of_channels(ref: Any, layout: Any) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEADS, TILE), [1]), layout)
 
 
-def totals(blocks: jax.Array, scratch: Scratch) -> tuple[jax.Array, jax.Array]:
+def denominators(
+    blocks: jax.Array, last: jax.Array, scratch: Scratch, unit: Unit, sink_gmem: Any, of_heads: Callable[[Any], Any]
+) -> tuple[jax.Array, jax.Array]:
+    """What sums are to be multiplied by, and the log-sum-exp without the sink, of each head, as `of_heads` loads it.
+
+    last: the scorer that had the last of `blocks` blocks.
+    """
+    total, top = totals(blocks, last, scratch, of_heads)
+    some = total != 0
+    lse2 = jnp.where(some, jnp.log2(jnp.where(some, total, 1.0)) + (top - USUAL), 0.0)
+    share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
+    if sink_gmem is not None:
+        share = share / (1 + jnp.exp2(of_heads(sink_gmem.at[unit.heads]) * LOG2_E - lse2))
+    return share, jnp.where(some, lse2 / LOG2_E, -jnp.inf)
+
+
+def totals(
+    blocks: jax.Array, last: jax.Array, scratch: Scratch, of_heads: Callable[[Any], Any]
+) -> tuple[jax.Array, jax.Array]:
     """The sums of weights of both scorers, and what they are relative to, of each head."""
-    last = lax.rem(blocks + SCORERS - 1, SCORERS)  # who had the last block, and may have raised the reference in it
 
     def of_scorer(scorer: jax.Array) -> jax.Array:
         parts = [of_heads(scratch["sums"].at[scorer, warp]) for warp in range(columns.WARPS)]
-        return sum(parts[1:], start=parts[0])
+        return functools.reduce(jnp.add, parts)
 
     stale = (blocks > 0) & (scratch["raised"][last] != 0)
     fade = jnp.where(stale, of_heads(scratch["fade"].at[last]), 1.0)

@@ -1,0 +1,1 @@
+"""Sparse decode attention whose entries stay FP8 in shared memory."""

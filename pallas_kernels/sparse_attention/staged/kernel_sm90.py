@@ -1,0 +1,162 @@
+"""Sparse decode attention on Hopper whose entries stay FP8 in shared memory: 64 heads of one query, 512 channels.
+
+    s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
+
+As in `many`, two warpgroups score, every other block of 64 entries each, and two add weights times entries to half of
+the channels; what weights are relative to, and how float16 takes entries of any size, is said there. Here blocks are
+copied as they are stored, by cp.async, a block ahead, into a ring of three stages (stage_sm90.py), and both products
+have entries as wgmma's first operand, which either makes float16 in its own registers:
+
+- scorers: S^T = E q^T, entries as rows;
+- adders: out^T = E^T w, channels as rows. Bytes of two entries side by side are one permutation away.
+
+So no warpgroup waits for loads, no float16 entries pass through shared memory, and a scorer need not wait until its
+last block is added. A block's stage is free again when it is added.
+
+Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; 240 KB through shared memory, 1900
+cycles; by count about 700 instructions of a scoring warp and 250 of an adding one, 1200 of a scheduler.
+Not run on a GPU yet: chosen by name alone ("sm90_staged").
+"""
+
+# Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.block_matmul.tiling import launch_registers
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
+from pallas_kernels.sparse_attention.many import columns_sm90 as columns
+from pallas_kernels.sparse_attention.many import convert_sm90 as convert
+from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source
+from pallas_kernels.sparse_attention.many.epilogue_sm90 import Whole
+from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS
+from pallas_kernels.sparse_attention.staged import stage_sm90 as stage
+from pallas_kernels.sparse_attention.staged.add_sm90 import ADDERS, HEADS, Unit, add, prepare
+from pallas_kernels.sparse_attention.staged.epilogue_sm90 import finish
+from pallas_kernels.sparse_attention.staged.operands_sm90 import STEP
+from pallas_kernels.sparse_attention.staged.place_sm90 import TILES
+from pallas_kernels.sparse_attention.staged.score_sm90 import STAGES, observe, score
+
+WIDTH = 512
+ADDER_REGISTERS = 176  # of these the compiler spills none, and lets products overlap
+SCORER_REGISTERS = launch_registers(SCORERS + ADDERS) // SCORERS - ADDER_REGISTERS * ADDERS // SCORERS
+
+
+def attend(
+    q: jax.Array,
+    sources: Sequence[tuple[Layout, Source]],
+    sink: jax.Array | None,
+    factors: jax.Array | None,
+    *,
+    tokens: int,
+    scale: float,
+    splits: int = 1,
+    turned_from: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """out [N, H, 512] bfloat16 and lse float32 [N, H] of q bfloat16 [N, H, 512]; see `many.kernel_sm90.attend`.
+
+    Entries are 448 codes and 64 bfloat16 channels.
+    """
+    (queries, heads, width), groups = q.shape, q.shape[1] // HEADS
+    layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
+    assert (heads % HEADS, width) == (0, WIDTH), f"{heads} heads of {width} channels"
+    assert all(stage.takes(layout.parts) for layout in layouts), f"entries of {[layout.parts for layout in layouts]}"
+
+    def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
+        whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
+        warpgroup = lax.axis_index("warpgroup")
+        loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
+
+        def unit(index: jax.Array) -> tuple[Unit, Named]:
+            """The query, the group of heads and the split that a thread block is at, and its entries."""
+            group, query = lax.rem(lax.div(index, splits), groups), lax.div(index, splits * groups)
+            split = lax.rem(index, splits)
+            named = Named(layouts, sources_gmem, query, tokens, split, splits)
+            return Unit(query, split, pl.ds(group * HEADS, HEADS)), named
+
+        @pl.when(warpgroup < SCORERS)
+        def _score():
+            plgpu.set_max_registers(SCORER_REGISTERS, action="decrease")
+
+            @plgpu.nd_loop(**loop, init_carry=(jnp.int32(0), jnp.int32(0)))
+            def counts(info, carry):
+                before, observed = carry
+                _, named = unit(info.index[0])
+                observed = score(named, scratch, warpgroup, before, observed)
+                plgpu.barrier_arrive(scratch["summed"])
+                return before + named.blocks, observed
+
+            observe(scratch, counts[1], counts[0])
+
+        @pl.when(warpgroup >= SCORERS)
+        def _add():
+            plgpu.set_max_registers(ADDER_REGISTERS, action="increase")
+            me = warpgroup - SCORERS
+
+            @plgpu.nd_loop(**loop, init_carry=jnp.int32(0))
+            def _units(info, carry):
+                before = carry
+                at, named = unit(info.index[0])
+                prepare(at, q_gmem, scratch, me, scale)
+                sums = add(named, scratch, me, before)
+                before = before + named.blocks
+                last = lax.rem(before + SCORERS - 1, SCORERS)
+                finish(at, named.blocks, last, sums, scratch, me, whole, out_gmem, lse_gmem)
+                return before
+
+    out, lse = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((splits, queries, heads, width), q.dtype if splits == 1 else jnp.dtype(jnp.float32)),
+            jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
+        ),
+        grid=(min(sm_count(), queries * groups * splits),),
+        grid_names=("sm",),
+        num_threads=SCORERS + ADDERS,
+        thread_name="warpgroup",
+        # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
+        # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
+        compiler_params=compiler_params(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        scratch_types=scratch_types(),
+    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
+    return (out, lse) if splits > 1 else (out[0], lse[0])
+
+
+def scratch_types() -> dict[str, object]:
+    """Shared memory of a thread block: 202 KB of 227."""
+    # wgmma takes its second operand in groups of so many rows as a swizzle has elements.
+    swizzled = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
+    narrow = plgpu.TilingTransform((8, convert.HALF)), plgpu.SwizzleTransform(64)
+    simulated: dict[str, object] = (
+        {"logits": plgpu.SMEM((SCORERS, BLOCK, HEADS), jnp.float32)} if is_interpreted() else {}
+    )
+    return simulated | {
+        "q": plgpu.SMEM((ADDERS, HEADS, WIDTH // ADDERS), jnp.float16, transforms=narrow),
+        "stages": plgpu.SMEM((STAGES, BLOCK, stage.WORDS), jnp.int32),
+        "factors": plgpu.SMEM((STAGES, TILES, BLOCK), jnp.float16),  # of codes
+        "weights": plgpu.SMEM((SCORERS, BLOCK, HEADS), jnp.float16, transforms=swizzled),
+        "measure": plgpu.SMEM((HEADS,), jnp.float32),  # what products with q are to be multiplied by
+        "top": plgpu.SMEM((HEADS,), jnp.float32),  # the reference of logits
+        "raised": plgpu.SMEM((SCORERS,), jnp.int32),  # whether a block has raised it, and what sums then fade by
+        "fade": plgpu.SMEM((SCORERS, HEADS), jnp.float32),
+        "slots": plgpu.SMEM((SCORERS, 2, BLOCK), jnp.int32),  # where a scorer's block lies, and its next one
+        "maxima": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
+        "sums": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
+        "asked": plgpu.Barrier(num_arrivals=ADDERS),  # q has come
+        "prepared": plgpu.Barrier(num_arrivals=ADDERS),  # and is float16
+        "added": plgpu.Barrier(num_arrivals=ADDERS, num_barriers=STAGES),
+        "topped": plgpu.Barrier(num_arrivals=1, num_barriers=SCORERS),  # the reference is the other scorer's
+        "scored": plgpu.Barrier(num_arrivals=1, num_barriers=SCORERS),
+        "summed": plgpu.Barrier(num_arrivals=SCORERS),
+    }

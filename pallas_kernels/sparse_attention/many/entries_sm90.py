@@ -38,7 +38,7 @@ class Named:
 
     def names(self, i: jax.Array) -> jax.Array:
         """The numbers of the entries of block i, anything where it has fewer."""
-        return self._of_block(i, lambda _layout, source, _limit, start: named(source, self.query, start))
+        return self.of_block(i, lambda _layout, source, _limit, start: named(source, self.query, start))
 
     def find(self, i: jax.Array, numbers: jax.Array) -> jax.Array:
         """Where block i lies, whose numbers these are: int32 [BLOCK], counted through all pages, and -1 for none."""
@@ -47,7 +47,7 @@ class Named:
             limit = jnp.where(i < self.blocks, limit, 0)  # of blocks that there are not, none is seen
             return slot(layout, source, self.sequence, jnp.where(position(start) < limit, numbers, -1))
 
-        return self._of_block(i, find)
+        return self.of_block(i, find)
 
     def ask(self, i: jax.Array) -> None:
         """Asks for block i, as far as the L2 cache."""
@@ -56,7 +56,7 @@ class Named:
         def ask(layout: Layout, source: Source, _limit: jax.Array, _start: jax.Array) -> None:
             prefetch_rows(source.arrays, layout.parts, *place(layout, self.sequence, slots))
 
-        self._of_block(i, ask)
+        self.of_block(i, ask)
 
     def loads(self, i: jax.Array, slots: jax.Array) -> Loads:
         """What loads block i, which lies there."""
@@ -70,7 +70,7 @@ class Named:
             *(tuple(functools.partial(gather.load, arrays, x, places, second) for x in kind) for kind in of_each)
         )
 
-    def _of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
+    def of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
         """function(layout, source, limit, start) of the source that block i is in."""
         branches = [functools.partial(function, *of_one) for of_one in self.each]
         start = (i + self.first) * BLOCK

@@ -18,8 +18,8 @@ from pallas_kernels.sparse_attention.gather_sm90 import Words
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
-from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Named, place
-from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch, loaded, of_rows, weigh
+from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source, place
+from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch, of_rows, weigh
 from pallas_kernels.sparse_attention.staged import stage_sm90 as stage
 from pallas_kernels.sparse_attention.staged.place_sm90 import TAIL_TILE, TILES
 
@@ -41,21 +41,16 @@ def score(named: Named, scratch: Scratch, me: jax.Array, before: jax.Array, obse
 
     def fetch(i: jax.Array, now: jax.Array | int, observed: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Starts copies of block i, which has stages to itself once the block STAGES before is added; its scales."""
-        slots = of_rows(slots_smem.at[now])
-        load = named.loads(i, slots)
-        number = before + i
-        observed = observe(scratch, observed, jnp.where(i < named.blocks, number - (STAGES - 1), observed))
+        exists, number = i < named.blocks, before + i
+        observed = observe(scratch, observed, jnp.where(exists, number - (STAGES - 1), observed))
 
-        @pl.when(i < named.blocks)
-        def _copy():
-            layouts, sources, _ = zip(*named.each, strict=True)
-            places = [place(layout, named.sequence, slots) for layout in layouts]
-            second = (i + named.first >= named.first_blocks).astype(jnp.int32)
-            arrays = [source.arrays for source in sources]
-            to = scratch["stages"].at[lax.rem(number, STAGES)]
-            stage.copy(arrays, [layout.parts for layout in layouts], places, second, load, to)
+        def ask(layout: Layout, source: Source, *_: Any) -> tuple[jax.Array, ...]:
+            at = place(layout, named.sequence, of_rows(slots_smem.at[now]))
+            stage_smem = scratch["stages"].at[lax.rem(number, STAGES)]
+            pl.when(exists)(lambda: stage.copy(source.arrays, layout.parts, at, stage_smem))
+            return stage.scales(source.arrays, layout.parts, at)
 
-        return loaded(load.scale), observed
+        return named.of_block(i, ask), observed
 
     scale, observed = fetch(mine, 0, observed)
 

@@ -9,7 +9,6 @@ An unseen row comes as zeros and is not read. The interpreter's twins leave ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +21,9 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.mosaic.addresses import behind, constant, fragmented, i32, scalar, vector_of
+from pallas_kernels.mosaic.addresses import behind, constant, fragmented, i32, i64, vector_of
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.gather_sm90 import Loads, Part, Parts, start_of
+from pallas_kernels.sparse_attention.gather_sm90 import Parts, Piece, start_of
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 from pallas_kernels.sparse_attention.many.gather_sm90 import EACH_ROW, LANES
@@ -49,35 +48,32 @@ def takes(parts: Parts) -> bool:
     return parts.codes is not None and (parts.codes.size, parts.tail.size) == (CODES, TAIL)
 
 
-def copy(
-    arrays_gmem: Sequence[tuple[Any, ...]],
-    of_each: Sequence[Parts],
-    places: Sequence[tuple[jax.Array, jax.Array]],
-    second: jax.Array,
-    load: Loads,
-    stage_smem: Any,
-) -> None:
-    """Starts copies of BLOCK rows into stage_smem int32 [BLOCK, WORDS]; see `gather.load` for the rest.
-
-    load: of the same rows, for the interpreter, which has no such copies.
-    """
+def copy(arrays_gmem: tuple[Any, ...], parts: Parts, place: tuple[jax.Array, jax.Array], stage_smem: Any) -> None:
+    """Starts copies of BLOCK rows into stage_smem int32 [BLOCK, WORDS]: rows and pages are `place`."""
     if is_interpreted():
-        for tile, words in enumerate(load.codes):
-            stage_smem[:, pl.ds(tile * gather.WORDS, gather.WORDS)] = words()[0]
-        stage_smem[:, pl.ds(CODES // 4, TAIL // 4)] = load.tails[0]()[0]
+        codes, tails, _ = gather.pieces(parts)
+        for begin, piece in zip(range(0, WORDS, gather.WORDS), (*codes, *tails), strict=False):
+            (words,) = _loaded(arrays_gmem, piece, place)
+            stage_smem[:, pl.ds(begin, words.shape[1])] = words
         return
-    arguments = [tuple(plgpu.RefType() for _ in arrays) for arrays in arrays_gmem]
-    of_places = [(EACH_ROW, EACH_ROW) for _ in places]
 
-    @plgpu.inline_mgpu(arg_types=(arguments, of_places, plgpu.Layout.WG_SPLAT(()), plgpu.RefType()))
-    def run(_ctx: Any, arrays: list[Any], places: list[Any], second: Any, stage: ir.Value) -> None:
-        second = arith.cmpi(arith.CmpIPredicate.eq, scalar(second.registers.item()), constant(1))
-        thread = Thread()
-        to = place_of(stage)
-        for half, of_row in enumerate(zip(*(gather.held(*place) for place in places), strict=True)):
-            _copy_row(arrays, of_each, of_row, second, thread, arith.addi(to, times(thread.place(half), ROW)))
+    @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), EACH_ROW, EACH_ROW, plgpu.RefType()))
+    def run(_ctx: Any, arrays: tuple[ir.Value, ...], pages: Any, rows: Any, stage: ir.Value) -> None:
+        thread, to = Thread(), place_of(stage)
+        for half, (page, row) in enumerate(gather.held(pages, rows)):
+            _copy_row(arrays, parts, page, row, thread, arith.addi(to, times(thread.place(half), ROW)))
 
-    run(list(arrays_gmem), list(places), second, stage_smem)
+    run(arrays_gmem, *place, stage_smem)
+
+
+def scales(arrays_gmem: tuple[Any, ...], parts: Parts, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    """The rows' scales, as words."""
+    (piece,) = gather.pieces(parts)[2]
+    return _loaded(arrays_gmem, piece, place)
+
+
+def _loaded(arrays_gmem: tuple[Any, ...], piece: Piece, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    return gather.load([arrays_gmem], [piece], [place], jnp.int32(0))
 
 
 def wait() -> None:
@@ -124,30 +120,18 @@ def put_tail(stage_smem: Any, values: jax.Array) -> None:
 
 
 def _copy_row(
-    arrays: list[Any],
-    of_each: Sequence[Parts],
-    places: Sequence[tuple[ir.Value, ir.Value]],
-    second: ir.Value,
-    thread: Thread,
-    row_smem: ir.Value,
+    arrays: tuple[ir.Value, ...], parts: Parts, page: ir.Value, row: ir.Value, thread: Thread, row_smem: ir.Value
 ) -> None:
-    seen = arith.cmpi(arith.CmpIPredicate.sge, places[0][1], constant(0))  # in one source or in the other
+    assert parts.codes is not None
+    seen = arith.cmpi(arith.CmpIPredicate.sge, row, constant(0))
     size = arith.select(seen, constant(PIECE), constant(0))
-    offset = arith.extui(ir.IntegerType.get_signless(64), times(thread.lane, PIECE))
+    row = arith.maxsi(row, constant(0))  # what is not read has an address all the same
+    offset = arith.extui(i64(), times(thread.lane, PIECE))
     to = arith.addi(row_smem, times(arith.xori(thread.lane, times(bit(thread.group, 2), 2)), PIECE))
-
-    def start(of: str) -> ir.Value:
-        starts = []
-        for array, parts, (page, row) in zip(arrays, of_each, places, strict=True):
-            part: Part = getattr(parts, of)
-            row = arith.maxsi(row, constant(0))  # what is not read has an address all the same
-            starts.append(behind(start_of(array, part, page, row), part.begin))
-        both = starts[0] if len(starts) == 1 else arith.select(second, starts[1], starts[0])
-        return arith.addi(both, offset)
-
-    of_codes = start("codes")
-    together = all(x.codes and replace(x.codes, begin=x.codes.begin + CODES, size=TAIL) == x.tail for x in of_each)
-    of_tail = behind(of_codes, CODES) if together else start("tail")
+    of_codes = arith.addi(behind(start_of(arrays, parts.codes, page, row), parts.codes.begin), offset)
+    of_tail = behind(of_codes, CODES)
+    if replace(parts.codes, begin=parts.codes.begin + CODES, size=TAIL) != parts.tail:
+        of_tail = arith.addi(behind(start_of(arrays, parts.tail, page, row), parts.tail.begin), offset)
     for begin in range(0, ROW, LANES * PIECE):
         source = behind(of_codes, begin) if begin < CODES else behind(of_tail, begin - CODES)
         operands = [arith.addi(to, constant(begin)), source, size]

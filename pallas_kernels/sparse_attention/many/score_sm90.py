@@ -179,7 +179,8 @@ def weigh(
 
     with jax.named_scope("weigh"):
         weights = jnp.exp2(logits - across(top - USUAL))
-        scratch["weights"][me] = weights.astype(jnp.float16)
+        buffers = scratch["weights"]
+        buffers[lax.rem(me, buffers.shape[0])] = weights.astype(jnp.float16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["scored"].at[me])
     with jax.named_scope("sum"):
@@ -189,7 +190,8 @@ def weigh(
 
 def raise_top(scratch: Scratch, me: jax.Array, logits: jax.Array, before: jax.Array) -> jax.Array:
     """Raises the reference to the block's own maxima; returns it, the sums are relative to it."""
-    maxima_smem, fade_smem = scratch["maxima"].at[me], scratch["fade"].at[me]
+    # Scorers raise it one behind the other, and may share a buffer.
+    maxima_smem, fade_smem = scratch["maxima"].at[lax.rem(me, scratch["maxima"].shape[0])], scratch["fade"].at[me]
     maxima_smem[...] = columns.maxima_of_warps(logits)
     plgpu.commit_smem()
     top = before

@@ -58,7 +58,7 @@ def add(named: Named, scratch: Scratch, me: jax.Array, before: jax.Array) -> lis
         sums = lax.cond(scratch["raised"][slot] != 0, lambda x: faded(x, scratch["fade"].at[slot]), lambda x: x, sums)
         with jax.named_scope("add"):
             stage_smem, factors_smem = scratch["stages"].at[at], scratch["factors"].at[at]
-            sums = add_products(sums, stage_smem, factors_smem, scratch["weights"].at[slot], me)
+            sums = add_products(sums, stage_smem, factors_smem, scratch["weights"].at[0], me)
         plgpu.barrier_arrive(scratch["added"].at[at])
         return sums
 

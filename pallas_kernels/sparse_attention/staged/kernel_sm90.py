@@ -4,17 +4,17 @@
 
 As in `many`, two warpgroups score, every other block of 64 entries each, and two add weights times entries to half of
 the channels; what weights are relative to, and how float16 takes entries of any size, is said there. Here blocks are
-copied as they are stored, by cp.async, a block ahead, into a ring of three stages (stage_sm90.py), and both products
+copied as they are stored, by cp.async, a block ahead, into a ring of four stages (stage_sm90.py), and both products
 have entries as wgmma's first operand, which either makes float16 in its own registers:
 
 - scorers: S^T = E q^T, entries as rows;
 - adders: out^T = E^T w, channels as rows. Bytes of two entries side by side are one permutation away.
 
-So no warpgroup waits for loads, no float16 entries pass through shared memory, and a scorer need not wait until its
-last block is added. A block's stage is free again when it is added.
+So no warpgroup waits for loads, no float16 entries pass through shared memory, and a scorer is well into its next block
+when it needs its last one to be added. A block's stage is free again when it is added.
 
 Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; 240 KB through shared memory, 1900
-cycles; by count about 700 instructions of a scoring warp and 250 of an adding one, 1200 of a scheduler.
+cycles; by the compiled code some 1300 instructions of a scoring warp and 330 of an adding one: 1960 of a scheduler.
 Not run on a GPU yet: chosen by name alone ("sm90_staged").
 """
 
@@ -71,7 +71,9 @@ def attend(
     assert (heads % HEADS, width) == (0, WIDTH), f"{heads} heads of {width} channels"
     assert all(stage.takes(layout.parts) for layout in layouts), f"entries of {[layout.parts for layout in layouts]}"
 
-    def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
+    def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, *, per_head, **scratch):
+        # What products with q are to be multiplied by, the reference of logits, and what sums fade by.
+        scratch |= {"measure": per_head.at[0], "top": per_head.at[1], "fade": per_head.at[pl.ds(2, SCORERS)]}
         whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
         warpgroup = lax.axis_index("warpgroup")
         loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
@@ -126,7 +128,10 @@ def attend(
         # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
         # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
         compiler_params=compiler_params(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # there is no room for it, and nothing is reduced across warps
         ),
         scratch_types=scratch_types(),
     )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
@@ -134,7 +139,7 @@ def attend(
 
 
 def scratch_types() -> dict[str, object]:
-    """Shared memory of a thread block: 202 KB of 227."""
+    """Shared memory of a thread block: 226 KB of 227."""
     # wgmma takes its second operand in groups of so many rows as a swizzle has elements.
     swizzled = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(2 * STEP)
     narrow = plgpu.TilingTransform((8, convert.HALF)), plgpu.SwizzleTransform(64)
@@ -145,13 +150,11 @@ def scratch_types() -> dict[str, object]:
         "q": plgpu.SMEM((ADDERS, HEADS, WIDTH // ADDERS), jnp.float16, transforms=narrow),
         "stages": plgpu.SMEM((STAGES, BLOCK, stage.WORDS), jnp.int32),
         "factors": plgpu.SMEM((STAGES, TILES, BLOCK), jnp.float16),  # of codes
-        "weights": plgpu.SMEM((SCORERS, BLOCK, HEADS), jnp.float16, transforms=swizzled),
-        "measure": plgpu.SMEM((HEADS,), jnp.float32),  # what products with q are to be multiplied by
-        "top": plgpu.SMEM((HEADS,), jnp.float32),  # the reference of logits
-        "raised": plgpu.SMEM((SCORERS,), jnp.int32),  # whether a block has raised it, and what sums then fade by
-        "fade": plgpu.SMEM((SCORERS, HEADS), jnp.float32),
+        "weights": plgpu.SMEM((1, BLOCK, HEADS), jnp.float16, transforms=swizzled),
+        "per_head": plgpu.SMEM((2 + SCORERS, HEADS), jnp.float32),
+        "raised": plgpu.SMEM((SCORERS,), jnp.int32),  # whether a block has raised the reference
         "slots": plgpu.SMEM((SCORERS, 2, BLOCK), jnp.int32),  # where a scorer's block lies, and its next one
-        "maxima": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
+        "maxima": plgpu.SMEM((1, columns.WARPS, HEADS), jnp.float32),
         "sums": plgpu.SMEM((SCORERS, columns.WARPS, HEADS), jnp.float32),
         "asked": plgpu.Barrier(num_arrivals=ADDERS),  # q has come
         "prepared": plgpu.Barrier(num_arrivals=ADDERS),  # and is float16

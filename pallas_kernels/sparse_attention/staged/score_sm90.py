@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,8 @@ from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch, of
 from pallas_kernels.sparse_attention.staged import stage_sm90 as stage
 from pallas_kernels.sparse_attention.staged.place_sm90 import TAIL_TILE, TILES
 
-STAGES = 3  # blocks in shared memory: one that is added, one that is scored, one on its way
+STAGES = 4  # blocks in shared memory: one that is added, two that are scored, one on its way
+ASKED_BEHIND = 2  # tiles of a block, by when the scorer's last one is usually added
 
 
 def score(named: Named, scratch: Scratch, me: jax.Array, before: jax.Array, observed: jax.Array) -> jax.Array:
@@ -65,14 +67,17 @@ def score(named: Named, scratch: Scratch, me: jax.Array, before: jax.Array, obse
             plgpu.commit_smem()
         with jax.named_scope("wait for q"):  # and until the last query's sums have been read
             pl.when(turn == 0)(lambda: plgpu.barrier_wait(scratch["prepared"]))
-        at = lax.rem(before + i, STAGES)
+
+        def ask() -> tuple[tuple[jax.Array, ...], jax.Array]:
+            with jax.named_scope("ask"):
+                return fetch(i + SCORERS, 1 - now, observed)
+
         with jax.named_scope("multiply"):
-            power_of, logits = multiply(scratch, me, at, scale, jnp.minimum(i, 0))
-        with jax.named_scope("ask"):
-            scale, observed = fetch(i + SCORERS, 1 - now, observed)
+            at = lax.rem(before + i, STAGES)
+            power_of, logits, (scale, observed) = multiply(scratch, me, at, scale, jnp.minimum(i, 0), ask)
+        with jax.named_scope("wait for the adders"):  # who have read the last weights
+            observed = observe(scratch, observed, before + i)
         with jax.named_scope("weigh all"):
-            # Weights of the block before last have been added: its stage is asked for behind it.
-            observed = observe(scratch, observed, before + i - 1)
             weigh(named, scratch, me, i, of_rows(slots_smem.at[now]), power_of, logits)
         return named.names(i + 2 * SCORERS), scale, observed
 
@@ -97,11 +102,17 @@ def observe(scratch: Scratch, observed: jax.Array, blocks: jax.Array) -> jax.Arr
 
 
 def multiply(
-    scratch: Scratch, me: jax.Array, at: jax.Array, scale: tuple[jax.Array, ...], zero: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    scratch: Scratch,
+    me: jax.Array,
+    at: jax.Array,
+    scale: tuple[jax.Array, ...],
+    zero: jax.Array,
+    meanwhile: Callable[[], Any],
+) -> tuple[jax.Array, jax.Array, Any]:
     """Powers of two of a block's entries, int32 [BLOCK], and their products with q, [BLOCK, HEADS].
 
-    The factors of codes are left for the adders, and float16 in place of bfloat16 channels.
+    The factors of codes are left for the adders, and float16 in place of bfloat16 channels. meanwhile: called behind
+    the first tiles; its result is the third one.
     """
     stage_smem, factors_smem = scratch["stages"].at[at], scratch["factors"].at[at]
     words = Words((), (stage.tail(stage_smem),), scale)
@@ -109,22 +120,24 @@ def multiply(
     # Zero, as the compiler cannot know: it would keep all scales in registers from here on, each by itself.
     scale = tuple(x + zero for x in scale)
 
-    def products(accumulator: Any) -> jax.Array:
-        values = convert.of_channels(words.tails[0], power_of)
+    def products(accumulator: Any) -> tuple[jax.Array, Any]:
+        values, found = convert.of_channels(words.tails[0], power_of), None
         stage.put_tail(stage_smem, values)
         add_logits(accumulator, scratch, me, TAIL_TILE, values, False, zero)
         for tile in range(TILES):
+            if tile == ASKED_BEHIND:
+                found = meanwhile()
             factor = convert.factor(scale, tile, power_of)
             factors_smem[tile] = factor
             values = convert.times_factor(stage.codes(stage_smem, tile), factor)
             add_logits(accumulator, scratch, me, tile, values, True, zero)
-        return accumulator[...]
+        return accumulator[...], found
 
     if is_interpreted():
         shape = BLOCK, columns.COLUMNS
         scratch["logits"][me] = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), columns.ACCUMULATOR)
-        return power_of, products(scratch["logits"].at[me])
-    return power_of, pl.run_scoped(products, plgpu.ACC((BLOCK, columns.COLUMNS), jnp.float32))
+        return power_of, *products(scratch["logits"].at[me])
+    return power_of, *pl.run_scoped(products, plgpu.ACC((BLOCK, columns.COLUMNS), jnp.float32))
 
 
 def add_logits(

@@ -9,8 +9,9 @@ import pytest
 from pallas_kernels import mosaic
 
 ON_GPU = os.environ["JAX_PLATFORMS"].startswith("cuda")
-if ON_GPU:  # before the tests import it
-    mosaic.interpreted = contextlib.nullcontext
+if ON_GPU:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the device
+    mosaic.interpreted = contextlib.nullcontext  # before the tests import it
 
 
 @pytest.fixture(autouse=True, scope="package")

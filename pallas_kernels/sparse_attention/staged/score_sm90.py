@@ -42,7 +42,7 @@ def score(named: Named, scratch: Scratch, me: jax.Array, before: jax.Array, obse
     plgpu.commit_smem()
 
     def fetch(i: jax.Array, now: jax.Array | int, observed: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        """Starts copies of block i, which has stages to itself once the block STAGES before is added; its scales."""
+        """Starts copies of block i, once the block STAGES before it is added and its stage free; returns its scales."""
         exists, number = i < named.blocks, before + i
         observed = observe(scratch, observed, jnp.where(exists, number - (STAGES - 1), observed))
 

@@ -115,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args.to.mkdir(parents=True, exist_ok=True)
     print(f"{case.name}, {which}")
-    for path in run(case, which, args.to, args.phases):
+    traces = run(case, which, args.to, args.phases)
+    if not traces:
+        print("its kernels write no timelines: theirs are launched without mosaic.launch.compiler_params")
+    for path in traces:
         found = roles(json.loads(path.read_text()))
         print(f"\n{path}" if found else f"\n{path}: this kernel names no phases")
         for role in found:

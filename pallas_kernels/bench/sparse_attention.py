@@ -45,7 +45,7 @@ def bench(case: DecodeCase) -> Bench:
         shared=functools.partial(pools, case),
         ours={
             "sm90": jax.jit(functools.partial(run, sm90.attend)),
-            "sm90_staged": jax.jit(functools.partial(run, sm90.attend_staged)),
+            "sm90_staged": jax.jit(functools.partial(run, functools.partial(sm90.attend, staged=True))),
         },
         xla={"reference": jax.jit(functools.partial(run, reference.sparse_attention))},
         reference=jax.jit(exact),

@@ -39,14 +39,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
-from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.products_sm90 import add_products
 from pallas_kernels.sparse_attention.turn_sm90 import turned
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit, Units, of_bits
 
-HEADS = 64  # of a thread block: wgmma's M
 CONSUMERS = 2
 GATHERERS = BLOCK // gather.ROWS
 BUFFERS = CONSUMERS  # a consumer scores what lies in its own
@@ -77,12 +76,12 @@ def attend(
     With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
     float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
-    (queries, heads, width), groups = q.shape, q.shape[1] // HEADS
+    units, width = Units.of(q, splits), q.shape[-1]
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
     half = width // CONSUMERS
     each = math.gcd(half, COLUMNS)
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
-    assert (heads % HEADS, width % (CONSUMERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
+    assert width % (CONSUMERS * gather.TILE) == 0, f"{width} channels"
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
@@ -91,22 +90,19 @@ def attend(
         top_smem, fade_smem, sums_smem = (scratch[name] for name in ("top", "fade", "sums"))
         filled, free, topped, scored = (scratch[name] for name in ("filled", "free", "topped", "scored"))
         warpgroup = lax.axis_index("warpgroup")
-        loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
 
-        def unit(index: jax.Array):
-            """The query, the group of heads and the split that a thread block is at, and its entries."""
-            group, query = lax.rem(lax.div(index, splits), groups), lax.div(index, splits * groups)
-            split = lax.rem(index, splits)
-            return query, group, split, Named(layouts, sources_gmem, query, tokens, split, splits)
+        def unit(index: jax.Array) -> tuple[Unit, Named]:
+            at = units[index]
+            return at, Named(layouts, sources_gmem, at.query, tokens, at.split, splits)
 
         @pl.when(warpgroup >= CONSUMERS)
         def _gather():
             plgpu.set_max_registers(GATHER_REGISTERS, action="decrease")
             rows = pl.ds((warpgroup - CONSUMERS) * gather.ROWS, gather.ROWS)
 
-            @plgpu.nd_loop(**loop)
+            @plgpu.nd_loop(**units.loop)
             def _units(info):
-                _, _, _, named = unit(info.index[0])
+                _, named = unit(info.index[0])
 
                 def put(i, words, load, row):
                     """Block i into its buffer, as float16 and as multiples of powers of two of the entries' own."""
@@ -128,10 +124,9 @@ def attend(
             for slot in range(BUFFERS):
                 plgpu.barrier_arrive(free.at[slot])
 
-            @plgpu.nd_loop(**loop, init_carry=jnp.int32(0))
+            @plgpu.nd_loop(**units.loop, init_carry=jnp.int32(0))
             def _units(info, carry):
-                query, group, split, named = unit(info.index[0])
-                heads_gmem = pl.ds(group * HEADS, HEADS)
+                (query, split, heads_gmem), named = unit(info.index[0])
                 columns = pl.ds(warpgroup * half, half)
                 count = named.blocks
                 asked = scratch["asked"]
@@ -253,42 +248,27 @@ def attend(
             plgpu.wait_smem_to_gmem(0)
 
     swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    scratch_types = {
+        "q": plgpu.SMEM((CONSUMERS, HEADS, half), jnp.float16, transforms=swizzled),
+        "entries": plgpu.SMEM((BUFFERS, CONSUMERS, BLOCK, half), jnp.float16, transforms=swizzled),
+        "weights": plgpu.SMEM((BUFFERS, HEADS, BLOCK), jnp.float16, transforms=swizzled),
+        "measures": plgpu.SMEM((BUFFERS, 3, BLOCK), jnp.float32),
+        "measure": plgpu.SMEM((HEADS,), jnp.float32),
+        "top": plgpu.SMEM((BUFFERS, HEADS), jnp.float32),
+        "fade": plgpu.SMEM((BUFFERS, HEADS), jnp.float32),
+        "sums": plgpu.SMEM((2, CONSUMERS, 2, HEADS), jnp.float32),
+        "asked": plgpu.Barrier(num_arrivals=CONSUMERS),
+        "prepared": plgpu.Barrier(num_arrivals=CONSUMERS),
+        "filled": plgpu.Barrier(num_arrivals=GATHERERS, num_barriers=BUFFERS),
+        "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=BUFFERS),
+        "topped": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
+        "scored": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
+        "summed": plgpu.Barrier(num_arrivals=CONSUMERS),
+    }
     # What is bfloat16 in device memory passes through shared memory that holds float16, as bits.
-    out_type = jnp.dtype(jnp.float16) if splits == 1 else jnp.dtype(jnp.float32)
-    out, lse = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((splits, queries, heads, width), out_type),
-            jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
-        ),
-        grid=(min(sm_count(), queries * groups * splits),),
-        grid_names=("sm",),
-        num_threads=CONSUMERS + GATHERERS,
-        thread_name="warpgroup",
-        # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
-        # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
-        compiler_params=compiler_params(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        scratch_types={
-            "q": plgpu.SMEM((CONSUMERS, HEADS, half), jnp.float16, transforms=swizzled),
-            "entries": plgpu.SMEM((BUFFERS, CONSUMERS, BLOCK, half), jnp.float16, transforms=swizzled),
-            "weights": plgpu.SMEM((BUFFERS, HEADS, BLOCK), jnp.float16, transforms=swizzled),
-            "measures": plgpu.SMEM((BUFFERS, 3, BLOCK), jnp.float32),
-            "measure": plgpu.SMEM((HEADS,), jnp.float32),
-            "top": plgpu.SMEM((BUFFERS, HEADS), jnp.float32),
-            "fade": plgpu.SMEM((BUFFERS, HEADS), jnp.float32),
-            "sums": plgpu.SMEM((2, CONSUMERS, 2, HEADS), jnp.float32),
-            "asked": plgpu.Barrier(num_arrivals=CONSUMERS),
-            "prepared": plgpu.Barrier(num_arrivals=CONSUMERS),
-            "filled": plgpu.Barrier(num_arrivals=GATHERERS, num_barriers=BUFFERS),
-            "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=BUFFERS),
-            "topped": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
-            "scored": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
-            "summed": plgpu.Barrier(num_arrivals=CONSUMERS),
-        },
-    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
-    return (out, lse) if splits > 1 else (lax.bitcast_convert_type(out[0], q.dtype), lse[0])
+    inputs = lax.bitcast_convert_type(q, jnp.float16), held, sink, factors
+    out, lse = units.launch(kernel, inputs, CONSUMERS + GATHERERS, scratch_types, jnp.float16)
+    return of_bits(out, q.dtype), lse
 
 
 def per_head(value: float) -> jax.Array:

@@ -108,27 +108,14 @@ def attend(
     *,
     scale: float,
     rotation: Rotation | None = None,
+    staged: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The op, with the kernel. Its gradients are the reference's, which gathers and computes everything again."""
-    named = (compressed_index, compressed_count)
-    return _attend(scale, False, q, window, window_index, compressed, *named, sink, rotation)
+    """The op, with the kernel. Its gradients are the reference's, which gathers and computes everything again.
 
-
-def attend_staged(
-    q: jax.Array,
-    window: Rows | Pages,
-    window_index: jax.Array,
-    compressed: Rows | Pages | None,
-    compressed_index: jax.Array | None,
-    compressed_count: jax.Array | None,
-    sink: jax.Array | None,
-    *,
-    scale: float,
-    rotation: Rotation | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`attend` by the kernel whose entries stay FP8 in shared memory."""
+    staged: by the kernel whose entries stay FP8 in shared memory, see `staged_reason`.
+    """
     named = (compressed_index, compressed_count)
-    return _attend(scale, True, q, window, window_index, compressed, *named, sink, rotation)
+    return _attend(scale, staged, q, window, window_index, compressed, *named, sink, rotation)
 
 
 def _forward(scale: float, staged: bool, *args: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -19,21 +19,13 @@ from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many.entries_sm90 import Named
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch
 from pallas_kernels.sparse_attention.products_sm90 import add_products
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit
 
 ADDERS = 2
 AHEAD = 2  # blocks that are on their way to the L2 cache
-HEADS = columns.COLUMNS
 COLUMNS = 128  # of an accumulator: one instruction may not name more registers than a thread has at launch
 LOG2_E = math.log2(math.e)
 PER_HEAD = columns.ACCUMULATOR.reduce(1)  # a vector with one element a row of an accumulator
-
-
-class Unit(NamedTuple):
-    """What a thread block is at: a query, a split of its entries, a slice of its heads."""
-
-    query: jax.Array
-    split: jax.Array
-    heads: Any
 
 
 def prepare(unit: Unit, named: Named, q_gmem: Any, scratch: Scratch, me: jax.Array, scale: float) -> None:

@@ -44,16 +44,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
-from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
-from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, Unit, add, prepare
+from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, add, prepare
 from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.many.epilogue_sm90 import Whole, finish
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, score
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit, Units, of_bits
 
-HEADS = columns.COLUMNS  # of a thread block
 ADDER_REGISTERS = 160
 SCORER_REGISTERS = launch_registers(SCORERS + ADDERS) // SCORERS - ADDER_REGISTERS * ADDERS // SCORERS
 
@@ -77,29 +76,25 @@ def attend(
     With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
     float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
-    (queries, heads, width), groups = q.shape, q.shape[1] // HEADS
+    units, width = Units.of(q, splits), q.shape[-1]
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
-    assert (heads % HEADS, width % (ADDERS * gather.TILE)) == (0, 0), f"{heads} heads of {width} channels"
+    assert width % (ADDERS * gather.TILE) == 0, f"{width} channels"
     assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
         whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
         warpgroup = lax.axis_index("warpgroup")
-        loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
 
         def unit(index: jax.Array) -> tuple[Unit, Named]:
-            """The query, the group of heads and the split that a thread block is at, and its entries."""
-            group, query = lax.rem(lax.div(index, splits), groups), lax.div(index, splits * groups)
-            split = lax.rem(index, splits)
-            named = Named(layouts, sources_gmem, query, tokens, split, splits)
-            return Unit(query, split, pl.ds(group * HEADS, HEADS)), named
+            at = units[index]
+            return at, Named(layouts, sources_gmem, at.query, tokens, at.split, splits)
 
         @pl.when(warpgroup < SCORERS)
         def _score():
             plgpu.set_max_registers(SCORER_REGISTERS, action="decrease")
 
-            @plgpu.nd_loop(**loop)
+            @plgpu.nd_loop(**units.loop)
             def _units(info):
                 _, named = unit(info.index[0])
                 score(named, scratch, warpgroup)
@@ -114,7 +109,7 @@ def attend(
             for slot in range(SCORERS):
                 plgpu.barrier_arrive(scratch["free"].at[slot])
 
-            @plgpu.nd_loop(**loop)
+            @plgpu.nd_loop(**units.loop)
             def _units(info):
                 at, named = unit(info.index[0])
                 prepare(at, named, q_gmem, scratch, me, scale)
@@ -124,25 +119,9 @@ def attend(
             plgpu.wait_smem_to_gmem(0)
 
     # What is bfloat16 in device memory passes through shared memory that holds float16, as bits.
-    out_type = jnp.dtype(jnp.float16) if splits == 1 else jnp.dtype(jnp.float32)
-    out, lse = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((splits, queries, heads, width), out_type),
-            jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
-        ),
-        grid=(min(sm_count(), queries * groups * splits),),
-        grid_names=("sm",),
-        num_threads=SCORERS + ADDERS,
-        thread_name="warpgroup",
-        # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
-        # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
-        compiler_params=compiler_params(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        scratch_types=scratch_types(width),
-    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
-    return (out, lse) if splits > 1 else (lax.bitcast_convert_type(out[0], q.dtype), lse[0])
+    inputs = lax.bitcast_convert_type(q, jnp.float16), held, sink, factors
+    out, lse = units.launch(kernel, inputs, SCORERS + ADDERS, scratch_types(width), jnp.float16)
+    return of_bits(out, q.dtype), lse
 
 
 def scratch_types(width: int) -> dict[str, object]:

@@ -20,14 +20,13 @@ from jax import lax
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
-from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, HEADS, LOG2_E, Unit
+from pallas_kernels.sparse_attention.many.add_sm90 import LOG2_E
 from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Named
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch, of_heads
 from pallas_kernels.sparse_attention.staged.operands_sm90 import OPERANDS, STEP, operands
 from pallas_kernels.sparse_attention.staged.place_sm90 import TILES
 from pallas_kernels.sparse_attention.staged.score_sm90 import STAGES
-
-__all__ = ["ADDERS", "HEADS", "Unit", "add", "prepare"]
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit
 
 
 def prepare(unit: Unit, q_gmem, scratch: Scratch, me: jax.Array, scale: float) -> None:

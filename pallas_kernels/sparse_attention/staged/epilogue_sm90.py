@@ -24,10 +24,12 @@ from jaxlib.mlir.dialects import vector
 from pallas_kernels.mosaic.addresses import fragmented
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import store_narrow
+from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS
 from pallas_kernels.sparse_attention.many.epilogue_sm90 import Whole, denominators
 from pallas_kernels.sparse_attention.many.score_sm90 import Scratch, of_heads
-from pallas_kernels.sparse_attention.staged.add_sm90 import ADDERS, HEADS, Unit, scaled
+from pallas_kernels.sparse_attention.staged.add_sm90 import scaled
 from pallas_kernels.sparse_attention.turn_sm90 import turned
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit
 
 SIDE = 256  # channels of an adder
 # [HEADS, SIDE]: eight heads in four lanes, two each; a warp has 64 channels, eight lanes eight of them each.

@@ -33,18 +33,19 @@ from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
+from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS
 from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.many.epilogue_sm90 import Whole
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS
 from pallas_kernels.sparse_attention.staged import stage_sm90 as stage
-from pallas_kernels.sparse_attention.staged.add_sm90 import ADDERS, HEADS, Unit, add, prepare
+from pallas_kernels.sparse_attention.staged.add_sm90 import add, prepare
 from pallas_kernels.sparse_attention.staged.epilogue_sm90 import finish
 from pallas_kernels.sparse_attention.staged.operands_sm90 import STEP
 from pallas_kernels.sparse_attention.staged.place_sm90 import TILES
 from pallas_kernels.sparse_attention.staged.score_sm90 import STAGES, observe, score
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit, Units
 
 WIDTH = 512
 ADDER_REGISTERS = 176  # of these the compiler spills none, and lets products overlap
@@ -66,9 +67,9 @@ def attend(
 
     Entries are 448 codes and 64 bfloat16 channels.
     """
-    (queries, heads, width), groups = q.shape, q.shape[1] // HEADS
+    units, width = Units.of(q, splits), q.shape[-1]
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
-    assert (heads % HEADS, width) == (0, WIDTH), f"{heads} heads of {width} channels"
+    assert width == WIDTH, f"{width} channels"
     assert all(stage.takes(layout.parts) for layout in layouts), f"entries of {[layout.parts for layout in layouts]}"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, *, per_head, **scratch):
@@ -76,20 +77,16 @@ def attend(
         scratch |= {"measure": per_head.at[0], "top": per_head.at[1], "fade": per_head.at[pl.ds(2, SCORERS)]}
         whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
         warpgroup = lax.axis_index("warpgroup")
-        loop = {"grid": (queries * groups * splits,), "collective_axes": "sm"}
 
         def unit(index: jax.Array) -> tuple[Unit, Named]:
-            """The query, the group of heads and the split that a thread block is at, and its entries."""
-            group, query = lax.rem(lax.div(index, splits), groups), lax.div(index, splits * groups)
-            split = lax.rem(index, splits)
-            named = Named(layouts, sources_gmem, query, tokens, split, splits)
-            return Unit(query, split, pl.ds(group * HEADS, HEADS)), named
+            at = units[index]
+            return at, Named(layouts, sources_gmem, at.query, tokens, at.split, splits)
 
         @pl.when(warpgroup < SCORERS)
         def _score():
             plgpu.set_max_registers(SCORER_REGISTERS, action="decrease")
 
-            @plgpu.nd_loop(**loop, init_carry=(jnp.int32(0), jnp.int32(0)))
+            @plgpu.nd_loop(**units.loop, init_carry=(jnp.int32(0), jnp.int32(0)))
             def counts(info, carry):
                 before, observed = carry
                 _, named = unit(info.index[0])
@@ -104,7 +101,7 @@ def attend(
             plgpu.set_max_registers(ADDER_REGISTERS, action="increase")
             me = warpgroup - SCORERS
 
-            @plgpu.nd_loop(**loop, init_carry=jnp.int32(0))
+            @plgpu.nd_loop(**units.loop, init_carry=jnp.int32(0))
             def _units(info, carry):
                 before = carry
                 at, named = unit(info.index[0])
@@ -115,27 +112,9 @@ def attend(
                 finish(at, named.blocks, last, sums, scratch, me, whole, out_gmem, lse_gmem)
                 return before
 
-    out, lse = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((splits, queries, heads, width), q.dtype if splits == 1 else jnp.dtype(jnp.float32)),
-            jax.ShapeDtypeStruct((splits, queries, heads), jnp.float32),
-        ),
-        grid=(min(sm_count(), queries * groups * splits),),
-        grid_names=("sm",),
-        num_threads=SCORERS + ADDERS,
-        thread_name="warpgroup",
-        # No warpgroup reads from shared memory what it has written there, but behind a barrier. Layouts are those of
-        # what comes from memory, one lane at a time: Mosaic's search for better ones does not end.
-        compiler_params=compiler_params(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=0,  # there is no room for it, and nothing is reduced across warps
-        ),
-        scratch_types=scratch_types(),
-    )(lax.bitcast_convert_type(q, jnp.float16), held, sink, factors)
-    return (out, lse) if splits > 1 else (out[0], lse[0])
+    # There is no room for scratch of reductions, and nothing is reduced across warps.
+    inputs, how = (lax.bitcast_convert_type(q, jnp.float16), held, sink, factors), {"reduction_scratch_bytes": 0}
+    return units.launch(kernel, inputs, SCORERS + ADDERS, scratch_types(), q.dtype, **how)
 
 
 def scratch_types() -> dict[str, object]:

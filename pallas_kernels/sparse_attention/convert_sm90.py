@@ -19,31 +19,34 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
 
-from pallas_kernels.mosaic.addresses import fragmented, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.sparse_attention import gather_sm90 as gather
-from pallas_kernels.sparse_attention.gather_sm90 import ROWS, TILE
+from pallas_kernels.sparse_attention.gather_sm90 import ROWS
+from pallas_kernels.sparse_attention.held_sm90 import TILE, Loads, Words
+from pallas_kernels.sparse_attention.words_sm90 import (
+    HEADROOM,
+    LEAST,
+    Q_LARGEST,
+    Q_LEAST,
+    across,
+    exponent_of,
+    power,
+    reinterpreted,
+    scale_code,
+)
 
 # Lanes hold the codes and channels that the words they have loaded become.
 OF_CODES = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, TILE), (8, TILE), (16,), (8,))), (-6,), (-4, -3), -1)
 OF_TAIL = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, TILE), (8, TILE), (32,), (8,))), (-6,), (-4, -2), -1)
 
-HEADROOM = 7  # 448, the largest code, times 2^7 is within float16
-LEAST = 127 - 40  # of a row's power of two
-Q_LARGEST = 14  # log2 of the largest channel of q, or less than one below
-Q_LEAST = 127 - 60  # of a head's power of two
 LOG, POWER, INVERSE = range(3)  # of a row, its power of two
 
 
 def put(
-    words: gather.Words,
-    load: gather.Loads,
+    words: Words,
+    load: Loads,
     row: jax.Array,
     entries_smem: Any,
     measures_smem: Any,
@@ -81,33 +84,23 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float) -> None:
     held = [plgpu.load(x, layout=OF_TAIL, optimized=False) for x in pieces]
     held = [lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
     largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, held)), axis=1)
-    power_of = jnp.clip(_exponent(largest), Q_LEAST, 254)
+    power_of = jnp.clip(exponent_of(largest), Q_LEAST, 254)
     for piece, x in zip(pieces, held, strict=True):
         piece[...] = scaled(x, power(2 * 127 + Q_LARGEST - power_of))
     measure_smem[rows] = power(power_of - Q_LARGEST - HEADROOM) * scale
 
 
-def exponent(words: gather.Words, tails: Sequence[Callable[[], tuple[jax.Array]]]) -> jax.Array:
+def exponent(words: Words, tails: Sequence[Callable[[], tuple[jax.Array]]]) -> jax.Array:
     """What powers of two rows are divided by to fit float16: 127 + log2, int32 [ROWS].
 
     No scale of the row is larger, and no bfloat16 channel 2^9 times as large.
     """
-    of_codes = [_scale_code(words.scale, tile) for tile in range(len(words.codes))]
-    of_tails = [_exponent(jnp.max(jnp.abs(channels(*tail())), axis=1)) - 8 for tail in tails]
+    of_codes = [scale_code(words.scale, tile) for tile in range(len(words.codes))]
+    of_tails = [exponent_of(jnp.max(jnp.abs(channels(*tail())), axis=1)) - 8 for tail in tails]
     return jnp.maximum(functools.reduce(jnp.maximum, of_codes + of_tails), LEAST)
 
 
-def _exponent(x: jax.Array) -> jax.Array:
-    """127 + floor(log2(x)) of bfloat16 x >= 0, as int32."""
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) >> 23
-
-
-def power(exponent: jax.Array) -> jax.Array:
-    """float32 2^(exponent - 127), for exponents from 1 to 254."""
-    return lax.bitcast_convert_type(exponent << 23, jnp.float32)
-
-
-def dequantised(words: gather.Words, tile: int, exponent: jax.Array) -> jax.Array:
+def dequantised(words: Words, tile: int, exponent: jax.Array) -> jax.Array:
     """float16 [ROWS, 64]: a tile's codes times its scales over the rows' powers of two, times 2^HEADROOM.
 
     Exact, but for scales 2^22 times smaller than the row's and more, which lose what float16 has no bits for.
@@ -116,49 +109,18 @@ def dequantised(words: gather.Words, tile: int, exponent: jax.Array) -> jax.Arra
     if is_interpreted():
         codes = lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).reshape(ROWS, TILE)
     else:
-        codes = _reinterpreted(codes, jnp.float8_e4m3fn, gather.CODES, OF_CODES)
-    smaller = jnp.minimum(exponent - _scale_code(words.scale, tile), 40)  # 2^-33 and less is nothing
-    return codes.astype(jnp.float16) * _across(power(127 + HEADROOM - smaller).astype(jnp.float16), OF_CODES)
+        codes = reinterpreted(codes, jnp.float8_e4m3fn, gather.CODES, OF_CODES)
+    smaller = jnp.minimum(exponent - scale_code(words.scale, tile), 40)  # 2^-33 and less is nothing
+    return codes.astype(jnp.float16) * across(power(127 + HEADROOM - smaller).astype(jnp.float16), OF_CODES)
 
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """float16 of bfloat16 x [ROWS, TILE] in OF_TAIL times factor float32 [ROWS]."""
-    return (x.astype(jnp.float32) * _across(factor, OF_TAIL)).astype(jnp.float16)
-
-
-def _across(x: jax.Array, layout: Any) -> jax.Array:
-    """x [ROWS] for each of TILE channels."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, TILE), [0]), layout)
-
-
-def _scale_code(words: tuple[jax.Array, ...], tile: int) -> jax.Array:
-    """The UE8M0 code of a tile's scale, int32 [ROWS], of the words that hold them."""
-    word, byte = words[tile // 4], tile % 4
-    return lax.shift_right_logical(word, jnp.full_like(word, 8 * byte)) & 255
+    return (x.astype(jnp.float32) * across(factor, OF_TAIL)).astype(jnp.float16)
 
 
 def channels(words: jax.Array) -> jax.Array:
     """bfloat16 [ROWS, 64] stored as int32 [ROWS, 32]."""
     if is_interpreted():
         return lax.bitcast_convert_type(words, jnp.bfloat16).reshape(ROWS, TILE)
-    return _reinterpreted(words, jnp.bfloat16, gather.TAIL, OF_TAIL)
-
-
-def _reinterpreted(words: jax.Array, dtype: Any, held: Any, layout: Any) -> jax.Array:
-    """The words of a lane as the neighbours of type `dtype` that they hold; registers stay as they are."""
-    found = plgpu.ShapeDtypeStruct((ROWS, TILE), jnp.dtype(dtype), layout=layout)
-    length = 8  # of a register
-
-    @plgpu.inline_mgpu(arg_types=(held,), return_type=found)
-    def reinterpret(_ctx: Any, words: Any) -> Any:
-        kind = ir.VectorType.get((length,), utils.dtype_to_ir_type(jnp.dtype(dtype)))
-        each = length * jnp.dtype(dtype).itemsize // 4  # words of a register
-        registers = []
-        for register in words.registers.flat:
-            for first in range(0, 4, each):
-                part = vector.extract_strided_slice(ir.VectorType.get((each,), i32()), register, [first], [each], [1])
-                registers.append(vector.bitcast(kind, part))
-        shape = layout.to_mgpu().registers_shape((ROWS, TILE))
-        return fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
-
-    return reinterpret(words)
+    return reinterpreted(words, jnp.bfloat16, gather.TAIL, OF_TAIL)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.sparse_attention import gather_sm90 as gather
+from pallas_kernels.sparse_attention.held_sm90 import Held, Loads, Parts, Words
 
 BLOCK = 64  # entries that are multiplied at once
 
@@ -27,7 +28,7 @@ class Layout:
     many of them a query names.
     """
 
-    parts: gather.Parts
+    parts: Parts
     page_size: int | None
     most: int
 
@@ -66,34 +67,34 @@ class Named:
 
         def of_block(i, function):
             """function(layout, source, limit, start) of the source that block i is in."""
-            branches = [functools.partial(function, *of_one) for of_one in self.each]
             start = (i + self.first) * BLOCK + part * gather.ROWS
-            if len(branches) == 1:
-                return branches[0](start)
-            behind = self.first_blocks * BLOCK
-            return lax.cond(start < behind, branches[0], lambda start: branches[1](start - behind), start)
+            return of_source(function, self.each, self.first_blocks * BLOCK, start)
 
         def name(i):
-            return of_block(i, lambda _layout, source, _limit, start: named(source, self.query, start))
+            return of_block(i, lambda _layout, source, _limit, start: named(gather.HELD, source, self.query, start))
 
         def find(i, numbers):
             def at(layout, source, limit, start):
-                found = place(layout, source, self.sequence, jnp.where(position(start) < limit, numbers, -1))
-                gather.prefetch_rows(source.arrays, layout.parts, *found)
+                seen = jnp.where(position(gather.HELD, start) < limit, numbers, -1)
+                found = place(layout, source, self.sequence, seen)
+                gather.HELD.prefetch(source.arrays, layout.parts, *found)
                 return found
 
             return of_block(i, at)
 
         layouts, sources, _ = zip(*self.each, strict=True)
-        pieces = [gather.pieces(layout.parts) for layout in layouts]
+        pieces = [gather.HELD.pieces(layout.parts) for layout in layouts]
 
-        def load(i, at) -> gather.Loads:
+        def load(i, at) -> Loads:
             """What loads the words of block i."""
             behind = (i + self.first >= self.first_blocks).astype(jnp.int32)
             arrays = [source.arrays for source in sources]
             of_each = (zip(*of_sources, strict=True) for of_sources in zip(*pieces, strict=True))
-            return gather.Loads(
-                *(tuple(functools.partial(gather.load, arrays, x, behind, *at) for x in kind) for kind in of_each)
+            return Loads(
+                *(
+                    tuple(functools.partial(gather.HELD.load, arrays, x, [at] * len(arrays), behind) for x in kind)
+                    for kind in of_each
+                )
             )
 
         def step(i, state):
@@ -109,17 +110,29 @@ class Named:
             """Of the place of rows, what is needed once they are loaded: all of it where that is yet to come."""
             return (None, at[1]) if held_ahead else at
 
-        def loaded(load: gather.Loads) -> gather.Words:
-            return gather.Words(*(sum((f() for f in kind), ()) for kind in load))
+        def loaded(load: Loads) -> Words:
+            return Words(*(sum((f() for f in kind), ()) for kind in load))
 
         @pl.when(self.blocks > 0)
         def _all():
             numbers = [name(jnp.int32(i)) for i in range(3)]
             first, following = (find(jnp.int32(i), numbers[i]) for i in range(2))
-            words = gather.Words((), (), ())
+            words = Words((), (), ())
             if held_ahead:
                 words = loaded(load(jnp.int32(0), first))
             lax.fori_loop(0, self.blocks, step, (words, kept(first), following, numbers[2]))
+
+
+def of_source(
+    function: Callable[..., Any], each: Sequence[tuple[Any, ...]], behind: jax.Array, start: jax.Array
+) -> Any:
+    """function(layout, source, limit, start) of the one of one or two sources that `start` is in; the second one's
+    entries begin at `behind`.
+    """
+    branches = [functools.partial(function, *of_one) for of_one in each]
+    if len(branches) == 1:
+        return branches[0](start)
+    return lax.cond(start < behind, branches[0], lambda start: branches[1](start - behind), start)
 
 
 def limit(layout: Layout, source: Source, query: jax.Array) -> jax.Array:
@@ -133,17 +146,17 @@ def blocks(entries: jax.Array) -> jax.Array:
     return lax.div(entries + (BLOCK - 1), BLOCK)
 
 
-def position(start: jax.Array) -> jax.Array:
-    return start + plgpu.broadcasted_iota(jnp.int32, (gather.ROWS,), 0, layout=gather.EACH_ROW)
+def position(held: Held, start: jax.Array) -> jax.Array:
+    return start + plgpu.broadcasted_iota(jnp.int32, (held.rows,), 0, layout=held.each_row)
 
 
-def named(source: Source, query: jax.Array, start: jax.Array) -> jax.Array:
-    """The entries at start .. start + ROWS of the query's list; anything behind its end."""
+def named(held: Held, source: Source, query: jax.Array, start: jax.Array) -> jax.Array:
+    """The entries at start .. start + held.rows of the query's list; anything behind its end."""
     if source.names is None:
-        return position(start)
-    start = jnp.minimum(start, source.names.shape[-1] - gather.ROWS)
+        return position(held, start)
+    start = jnp.minimum(start, source.names.shape[-1] - held.rows)
     names_gmem: Any = source.names
-    return plgpu.load(names_gmem.at[query, pl.ds(start, gather.ROWS)], layout=gather.EACH_ROW, optimized=False)
+    return plgpu.load(names_gmem.at[query, pl.ds(start, held.rows)], layout=held.each_row, optimized=False)
 
 
 def place(layout: Layout, source: Source, sequence: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -154,5 +167,5 @@ def place(layout: Layout, source: Source, sequence: jax.Array, number: jax.Array
     else:
         page, row = lax.div(some, layout.page_size), lax.rem(some, layout.page_size)
         if source.table is not None:
-            page = gather.look_up(source.table, sequence, page)
+            page = gather.HELD.look_up(source.table, sequence, page)
     return page, jnp.where(number < 0, -1, row)

@@ -42,6 +42,7 @@ from pallas_kernels.block_matmul.tiling import launch_registers
 from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
+from pallas_kernels.sparse_attention.held_sm90 import TILE
 from pallas_kernels.sparse_attention.products_sm90 import add_products
 from pallas_kernels.sparse_attention.turn_sm90 import turned
 from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit, Units, of_bits
@@ -81,8 +82,8 @@ def attend(
     half = width // CONSUMERS
     each = math.gcd(half, COLUMNS)
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
-    assert width % (CONSUMERS * gather.TILE) == 0, f"{width} channels"
-    assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
+    assert width % (CONSUMERS * TILE) == 0, f"{width} channels"
+    assert len(formats) == 1 and sum(*formats) * TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
         q_smem, entries_smem, weights_smem = (scratch[name] for name in ("q", "entries", "weights"))

@@ -212,7 +212,7 @@ def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:
 def source(entries: Rows | Pages, index: jax.Array | None, count: jax.Array | None) -> tuple[Layout, Source]:
     """What the kernel is told of entries, of the index [B, T, W] into them and of the counts [B, T]."""
     from pallas_kernels.sparse_attention.entries_sm90 import Layout, Source
-    from pallas_kernels.sparse_attention.gather_sm90 import Part, Parts
+    from pallas_kernels.sparse_attention.held_sm90 import Part, Parts
 
     form, width = entries.format, entries.width
     codes, tail = _sizes(entries)

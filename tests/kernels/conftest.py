@@ -12,6 +12,7 @@ ON_GPU = os.environ["JAX_PLATFORMS"].startswith("cuda")
 if ON_GPU:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the device
     mosaic.interpreted = contextlib.nullcontext  # before the tests import it
+    collect_ignore = ["test_mosaic.py", "test_device.py"]  # of the interpreter itself, and of other machines
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -21,12 +22,3 @@ def compile_quickly():
     jax.config.update("jax_disable_most_optimizations", not ON_GPU)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-def pytest_collection_modifyitems(items):
-    """What is about the interpreter itself, or about a device that is not there, needs a CPU."""
-    if ON_GPU:
-        skip = pytest.mark.skip(reason="of the interpreter, or of a machine without a GPU")
-        for item in items:
-            if item.path.name in ("test_mosaic.py", "test_device.py"):
-                item.add_marker(skip)

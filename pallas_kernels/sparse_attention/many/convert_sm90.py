@@ -1,9 +1,6 @@
-"""Cached rows and queries as wgmma wants them: float16, each row over a power of two of its own, on Hopper.
+"""Cached rows and queries as wgmma wants them: float16 in the registers of its first operand, on Hopper.
 
-E4M3 codes and bfloat16 channels have 4 and 8 significant bits, float16 has 11: what fits its range is exact, and
-Hopper turns two codes into float16 at once. A row is divided by the largest of its scales, or more where its rotary
-channels are larger still, times 2^-HEADROOM; a head of q by its largest channel, times 2^-Q_LARGEST. What falls short
-of float16 then is 2^-28 of the largest at most.
+What they are over, and why nothing is lost, ../convert_sm90.py says.
 """
 
 # Mosaic's Python is not typed for outsiders.
@@ -21,14 +18,25 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import vector
 
-from pallas_kernels.mosaic.addresses import fragmented, i32
+from pallas_kernels.mosaic.addresses import fragmented
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.sparse_attention.held_sm90 import LANES, TILE
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
-from pallas_kernels.sparse_attention.many.gather_sm90 import LANES, ROWS, TILE
+from pallas_kernels.sparse_attention.many.gather_sm90 import ROWS
+from pallas_kernels.sparse_attention.words_sm90 import (
+    HEADROOM,
+    LEAST,
+    Q_LARGEST,
+    Q_LEAST,
+    across,
+    exponent_of,
+    power,
+    reinterpreted,
+    scale_code,
+)
 
 Q_ROWS = 32  # heads that a warpgroup converts at once
 HALF = 32  # channels of a tile that are multiplied at once, which halves the registers of an operand
@@ -48,11 +56,6 @@ OPERAND = {
     Q_ROWS: plgpu.Layout.TILED(plgpu.Tiling(((Q_ROWS, 8), (8, 8), (2,))), (-5,), (-3, -2), -1),
 }
 
-HEADROOM = 7  # 448, the largest code, times 2^7 is within float16
-LEAST = 127 - 40  # of a row's power of two
-Q_LARGEST = 14  # log2 of the largest channel of q, or less than one below
-Q_LEAST = 127 - 60  # of a head's power of two
-
 
 def layout_of(of_codes: bool, rows: int = ROWS) -> Any:
     """Of a tile of codes, or of bfloat16 channels, in the order of channels."""
@@ -71,9 +74,9 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float, tiles: in
     held = [plgpu.load(x, layout=of, optimized=False) for x, of in zip(pieces, layouts, strict=True)]
     held = [lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
     tops = [jnp.max(jnp.abs(x), axis=1) for x in held]
-    power_of = jnp.clip(_exponent(functools.reduce(jnp.maximum, tops)), Q_LEAST, 254)
+    power_of = jnp.clip(exponent_of(functools.reduce(jnp.maximum, tops)), Q_LEAST, 254)
     for i, (piece, x) in enumerate(zip(pieces, held, strict=True)):
-        factor = _across(power(2 * 127 + Q_LARGEST - power_of), layouts[i])
+        factor = across(power(2 * 127 + Q_LARGEST - power_of), layouts[i])
         scaled = (x.astype(jnp.float32) * factor).astype(jnp.float16)
         for j, half in enumerate(operands(scaled, i < tiles)):
             piece[:, pl.ds(j * HALF, HALF)] = half
@@ -153,23 +156,13 @@ def exponent(scale: tuple[jax.Array, ...], tiles: int, tail: jax.Array) -> jax.A
 
     No scale of the row's `tiles` tiles is larger, and no bfloat16 channel, words `tail`, 2^9 times as large.
     """
-    of_codes = [_scale_code(scale, tile) for tile in range(tiles)]
+    of_codes = [scale_code(scale, tile) for tile in range(tiles)]
     return jnp.maximum(functools.reduce(jnp.maximum, of_codes), jnp.maximum(of_tail(tail), LEAST))
 
 
 def of_tail(words: jax.Array) -> jax.Array:
     """The same of bfloat16 channels alone."""
-    return _exponent(jnp.max(jnp.abs(channels(words)), axis=1)) - 8
-
-
-def _exponent(x: jax.Array) -> jax.Array:
-    """127 + floor(log2(x)) of bfloat16 x >= 0, as int32."""
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) >> 23
-
-
-def power(exponent: jax.Array) -> jax.Array:
-    """float32 2^(exponent - 127), for exponents from 1 to 254."""
-    return lax.bitcast_convert_type(exponent << 23, jnp.float32)
+    return exponent_of(jnp.max(jnp.abs(channels(words)), axis=1)) - 8
 
 
 def of_codes(words: jax.Array, scale: tuple[jax.Array, ...], tile: int, exponent: jax.Array) -> jax.Array:
@@ -182,7 +175,7 @@ def of_codes(words: jax.Array, scale: tuple[jax.Array, ...], tile: int, exponent
 
 def factor(scale: tuple[jax.Array, ...], tile: int, exponent: jax.Array) -> jax.Array:
     """What a tile's codes are multiplied by, float16 [ROWS]."""
-    smaller = jnp.minimum(exponent - _scale_code(scale, tile), 40)  # 2^-33 and less is nothing
+    smaller = jnp.minimum(exponent - scale_code(scale, tile), 40)  # 2^-33 and less is nothing
     return power(127 + HEADROOM - smaller).astype(jnp.float16)
 
 
@@ -190,49 +183,18 @@ def times_factor(words: jax.Array, factor: jax.Array) -> jax.Array:
     if is_interpreted():
         codes = lax.bitcast_convert_type(words, jnp.float8_e4m3fn).reshape(ROWS, TILE)
     else:
-        codes = _reinterpreted(words, jnp.float8_e4m3fn, gather.CODES, OF_CODES[ROWS])
-    return codes.astype(jnp.float16) * _across(factor, OF_CODES[ROWS])
+        codes = reinterpreted(words, jnp.float8_e4m3fn, gather.CODES, OF_CODES[ROWS])
+    return codes.astype(jnp.float16) * across(factor, OF_CODES[ROWS])
 
 
 def of_channels(words: jax.Array, exponent: jax.Array) -> jax.Array:
     """The same of a tile of bfloat16 channels."""
-    factor = _across(power(2 * 127 + HEADROOM - exponent), OF_TAIL[ROWS])
+    factor = across(power(2 * 127 + HEADROOM - exponent), OF_TAIL[ROWS])
     return (channels(words).astype(jnp.float32) * factor).astype(jnp.float16)
-
-
-def _across(x: jax.Array, layout: Any) -> jax.Array:
-    """x [rows] for each of TILE channels."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(x, (*x.shape, TILE), [0]), layout)
-
-
-def _scale_code(words: tuple[jax.Array, ...], tile: int) -> jax.Array:
-    """The UE8M0 code of a tile's scale, int32 [ROWS], of the words that hold them."""
-    word, byte = words[tile // 4], tile % 4
-    return lax.shift_right_logical(word, jnp.full_like(word, 8 * byte)) & 255
 
 
 def channels(words: jax.Array) -> jax.Array:
     """bfloat16 [ROWS, 64] stored as int32 [ROWS, 32]."""
     if is_interpreted():
         return lax.bitcast_convert_type(words, jnp.bfloat16).reshape(ROWS, TILE)
-    return _reinterpreted(words, jnp.bfloat16, gather.TAIL, OF_TAIL[ROWS])
-
-
-def _reinterpreted(words: jax.Array, dtype: Any, held: Any, layout: Any) -> jax.Array:
-    """The words of a lane as the neighbours of type `dtype` that they hold; registers stay as they are."""
-    found = plgpu.ShapeDtypeStruct((ROWS, TILE), jnp.dtype(dtype), layout=layout)
-    length = 8  # of a register
-
-    @plgpu.inline_mgpu(arg_types=(held,), return_type=found)
-    def reinterpret(_ctx: Any, words: Any) -> Any:
-        kind = ir.VectorType.get((length,), utils.dtype_to_ir_type(jnp.dtype(dtype)))
-        each = length * jnp.dtype(dtype).itemsize // 4  # words of a register
-        registers = []
-        for register in words.registers.flat:
-            for first in range(0, 4, each):
-                part = vector.extract_strided_slice(ir.VectorType.get((each,), i32()), register, [first], [each], [1])
-                registers.append(vector.bitcast(kind, part))
-        shape = layout.to_mgpu().registers_shape((ROWS, TILE))
-        return fragmented(np.array(registers, dtype=object).reshape(shape), layout, None)
-
-    return reinterpret(words)
+    return reinterpreted(words, jnp.bfloat16, gather.TAIL, OF_TAIL[ROWS])

@@ -10,15 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.sparse_attention.entries_sm90 import Layout, Source, blocks, limit
-from pallas_kernels.sparse_attention.gather_sm90 import Loads
+from pallas_kernels.sparse_attention.entries_sm90 import Layout, Source, blocks, limit, named, of_source, position
+from pallas_kernels.sparse_attention.held_sm90 import Loads
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
-from pallas_kernels.sparse_attention.many.prefetch_sm90 import prefetch_rows
 
 BLOCK = gather.ROWS  # entries that are multiplied at once
 
@@ -38,14 +36,14 @@ class Named:
 
     def names(self, i: jax.Array) -> jax.Array:
         """The numbers of the entries of block i, anything where it has fewer."""
-        return self.of_block(i, lambda _layout, source, _limit, start: named(source, self.query, start))
+        return self.of_block(i, lambda _layout, source, _limit, start: named(gather.HELD, source, self.query, start))
 
     def find(self, i: jax.Array, numbers: jax.Array) -> jax.Array:
         """Where block i lies, whose numbers these are: int32 [BLOCK], counted through all pages, and -1 for none."""
 
         def find(layout: Layout, source: Source, limit: jax.Array, start: jax.Array) -> jax.Array:
             limit = jnp.where(i < self.blocks, limit, 0)  # of blocks that there are not, none is seen
-            return slot(layout, source, self.sequence, jnp.where(position(start) < limit, numbers, -1))
+            return slot(layout, source, self.sequence, jnp.where(position(gather.HELD, start) < limit, numbers, -1))
 
         return self.of_block(i, find)
 
@@ -54,50 +52,32 @@ class Named:
         slots = self.find(i, self.names(i))
 
         def ask(layout: Layout, source: Source, _limit: jax.Array, _start: jax.Array) -> None:
-            prefetch_rows(source.arrays, layout.parts, *place(layout, self.sequence, slots))
+            gather.HELD.prefetch(source.arrays, layout.parts, *place(layout, self.sequence, slots))
 
         self.of_block(i, ask)
 
     def loads(self, i: jax.Array, slots: jax.Array) -> Loads:
         """What loads block i, which lies there."""
         layouts, sources, _ = zip(*self.each, strict=True)
-        of_sources = [gather.pieces(layout.parts) for layout in layouts]
+        of_sources = [gather.HELD.pieces(layout.parts) for layout in layouts]
         second = (i + self.first >= self.first_blocks).astype(jnp.int32)
         arrays = [source.arrays for source in sources]
         places = [place(layout, self.sequence, slots) for layout in layouts]
         of_each = (zip(*of_kind, strict=True) for of_kind in zip(*of_sources, strict=True))
         return Loads(
-            *(tuple(functools.partial(gather.load, arrays, x, places, second) for x in kind) for kind in of_each)
+            *(tuple(functools.partial(gather.HELD.load, arrays, x, places, second) for x in kind) for kind in of_each)
         )
 
     def of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
         """function(layout, source, limit, start) of the source that block i is in."""
-        branches = [functools.partial(function, *of_one) for of_one in self.each]
-        start = (i + self.first) * BLOCK
-        if len(branches) == 1:
-            return branches[0](start)
-        behind = self.first_blocks * BLOCK
-        return lax.cond(start < behind, branches[0], lambda start: branches[1](start - behind), start)
-
-
-def position(start: jax.Array) -> jax.Array:
-    return start + plgpu.broadcasted_iota(jnp.int32, (gather.ROWS,), 0, layout=gather.EACH_ROW)
-
-
-def named(source: Source, query: jax.Array, start: jax.Array) -> jax.Array:
-    """The entries at start .. start + ROWS of the query's list; anything behind its end."""
-    if source.names is None:
-        return position(start)
-    start = jnp.minimum(start, source.names.shape[-1] - gather.ROWS)
-    names_gmem: Any = source.names
-    return plgpu.load(names_gmem.at[query, pl.ds(start, gather.ROWS)], layout=gather.EACH_ROW, optimized=False)
+        return of_source(function, self.each, self.first_blocks * BLOCK, (i + self.first) * BLOCK)
 
 
 def slot(layout: Layout, source: Source, sequence: jax.Array, number: jax.Array) -> jax.Array:
     """Where numbered entries lie, counted through all pages; -1 for none."""
     some = jnp.maximum(number, 0)
     if layout.page_size is not None and source.table is not None:
-        page = gather.look_up(source.table, sequence, lax.div(some, layout.page_size))
+        page = gather.HELD.look_up(source.table, sequence, lax.div(some, layout.page_size))
         some = page * layout.page_size + lax.rem(some, layout.page_size)
     return jnp.where(number < 0, -1, some)
 

@@ -15,10 +15,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.sparse_attention.held_sm90 import TILE
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, LOG2_E, of_heads, scaled
-from pallas_kernels.sparse_attention.many.gather_sm90 import TILE
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, USUAL, Scratch
 from pallas_kernels.sparse_attention.turn_sm90 import turned
 from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit

@@ -44,9 +44,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.tiling import launch_registers
+from pallas_kernels.sparse_attention.held_sm90 import TILE
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
-from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, add, prepare
 from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.many.epilogue_sm90 import Whole, finish
@@ -79,8 +79,8 @@ def attend(
     units, width = Units.of(q, splits), q.shape[-1]
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
-    assert width % (ADDERS * gather.TILE) == 0, f"{width} channels"
-    assert len(formats) == 1 and sum(*formats) * gather.TILE <= width, f"entries of {formats} tiles, {width} channels"
+    assert width % (ADDERS * TILE) == 0, f"{width} channels"
+    assert len(formats) == 1 and sum(*formats) * TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
         whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
@@ -126,7 +126,7 @@ def attend(
 
 def scratch_types(width: int) -> dict[str, object]:
     """Shared memory of a thread block for `width` channels: 216 KB of 227 for 512."""
-    swizzled = plgpu.TilingTransform((8, gather.TILE)), plgpu.SwizzleTransform(128)
+    swizzled = plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128)
     narrow = plgpu.TilingTransform((8, convert.HALF)), plgpu.SwizzleTransform(64)
     half = width // ADDERS
     return {

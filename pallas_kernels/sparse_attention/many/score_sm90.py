@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_kernels.mosaic import operand_store
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.gather_sm90 import Loads, Words
+from pallas_kernels.sparse_attention.held_sm90 import TILE, Loads, Words
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
@@ -127,8 +127,8 @@ def issue(
 ) -> None:
     """accumulator += values @ q of a tile; values are left in the buffer."""
     q_smem, entries_smem = scratch["q"], scratch["entries"]
-    at, column = divmod(tile * gather.TILE, entries_smem.shape[-1])
-    tile_smem = entries_smem.at[me, at, :, pl.ds(column, gather.TILE)]
+    at, column = divmod(tile * TILE, entries_smem.shape[-1])
+    tile_smem = entries_smem.at[me, at, :, pl.ds(column, TILE)]
     for i, operand in enumerate(convert.operands(values, of_codes)):
         begin = i * convert.HALF
         # Where `zero` is not known to be zero, addresses are not kept in registers for all blocks.

@@ -127,7 +127,7 @@ def scratch_types() -> dict[str, object]:
     )
     return simulated | {
         "q": plgpu.SMEM((ADDERS, HEADS, WIDTH // ADDERS), jnp.float16, transforms=narrow),
-        "stages": plgpu.SMEM((STAGES, BLOCK, stage.WORDS), jnp.int32),
+        "stages": plgpu.SMEM((STAGES, BLOCK, stage.ROW_WORDS), jnp.int32),
         "factors": plgpu.SMEM((STAGES, TILES, BLOCK), jnp.float16),  # of codes
         "weights": plgpu.SMEM((1, BLOCK, HEADS), jnp.float16, transforms=swizzled),
         "per_head": plgpu.SMEM((2 + SCORERS, HEADS), jnp.float32),

@@ -23,7 +23,7 @@ from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.mosaic.addresses import constant, fragmented, i32, scalar
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.many.gather_sm90 import TILE
+from pallas_kernels.sparse_attention.held_sm90 import TILE
 from pallas_kernels.sparse_attention.staged.place_sm90 import (
     BLOCK,
     CODES,

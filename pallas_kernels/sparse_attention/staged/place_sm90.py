@@ -20,7 +20,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mosaic.addresses import constant, i32
-from pallas_kernels.sparse_attention.many.gather_sm90 import LANES, ROWS, TILE
+from pallas_kernels.sparse_attention.held_sm90 import LANES, TILE
+from pallas_kernels.sparse_attention.many.gather_sm90 import ROWS
 
 BLOCK = ROWS
 CODES, TAIL = 448, 128  # bytes of a row

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.gather_sm90 import Words
+from pallas_kernels.sparse_attention.held_sm90 import TILE, Words
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
-from pallas_kernels.sparse_attention.many import gather_sm90 as gather
 from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source, place
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch, of_rows, weigh
 from pallas_kernels.sparse_attention.staged import stage_sm90 as stage
@@ -145,7 +144,7 @@ def add_logits(
 ) -> None:
     """accumulator += values @ q of a tile."""
     q_smem = scratch["q"]
-    at, column = divmod(tile * gather.TILE, q_smem.shape[-1])
+    at, column = divmod(tile * TILE, q_smem.shape[-1])
     for i, operand in enumerate(convert.operands(values, of_codes)):
         # Where `zero` is not known to be zero, addresses are not kept in registers for all blocks.
         second = q_smem.at[zero + at, :, pl.ds(column + i * convert.HALF, convert.HALF)]

@@ -23,10 +23,10 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mosaic.addresses import behind, constant, fragmented, i32, i64, vector_of
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.sparse_attention.gather_sm90 import Parts, Piece, start_of
+from pallas_kernels.sparse_attention.held_sm90 import LANES, WORDS, Parts, Piece, held, start_of
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
 from pallas_kernels.sparse_attention.many import gather_sm90 as gather
-from pallas_kernels.sparse_attention.many.gather_sm90 import EACH_ROW, LANES
+from pallas_kernels.sparse_attention.many.gather_sm90 import EACH_ROW
 from pallas_kernels.sparse_attention.staged.place_sm90 import (
     BLOCK,
     CODES,
@@ -41,7 +41,7 @@ from pallas_kernels.sparse_attention.staged.place_sm90 import (
     words_at,
 )
 
-WORDS = ROW // 4
+ROW_WORDS = ROW // 4
 
 
 def takes(parts: Parts) -> bool:
@@ -49,10 +49,10 @@ def takes(parts: Parts) -> bool:
 
 
 def copy(arrays_gmem: tuple[Any, ...], parts: Parts, place: tuple[jax.Array, jax.Array], stage_smem: Any) -> None:
-    """Starts copies of BLOCK rows into stage_smem int32 [BLOCK, WORDS]: rows and pages are `place`."""
+    """Starts copies of BLOCK rows into stage_smem int32 [BLOCK, ROW_WORDS]: rows and pages are `place`."""
     if is_interpreted():
-        codes, tails, _ = gather.pieces(parts)
-        for begin, piece in zip(range(0, WORDS, gather.WORDS), (*codes, *tails), strict=False):
+        codes, tails, _ = gather.HELD.pieces(parts)
+        for begin, piece in zip(range(0, ROW_WORDS, WORDS), (*codes, *tails), strict=False):
             (words,) = _loaded(arrays_gmem, piece, place)
             stage_smem[:, pl.ds(begin, words.shape[1])] = words
         return
@@ -60,7 +60,7 @@ def copy(arrays_gmem: tuple[Any, ...], parts: Parts, place: tuple[jax.Array, jax
     @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in arrays_gmem), EACH_ROW, EACH_ROW, plgpu.RefType()))
     def run(_ctx: Any, arrays: tuple[ir.Value, ...], pages: Any, rows: Any, stage: ir.Value) -> None:
         thread, to = Thread(), place_of(stage)
-        for half, (page, row) in enumerate(gather.held(pages, rows)):
+        for half, (page, row) in enumerate(held(pages, rows)):
             _copy_row(arrays, parts, page, row, thread, arith.addi(to, times(thread.place(half), ROW)))
 
     run(arrays_gmem, *place, stage_smem)
@@ -68,12 +68,12 @@ def copy(arrays_gmem: tuple[Any, ...], parts: Parts, place: tuple[jax.Array, jax
 
 def scales(arrays_gmem: tuple[Any, ...], parts: Parts, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
     """The rows' scales, as words."""
-    (piece,) = gather.pieces(parts)[2]
+    (piece,) = gather.HELD.pieces(parts)[2]
     return _loaded(arrays_gmem, piece, place)
 
 
 def _loaded(arrays_gmem: tuple[Any, ...], piece: Piece, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    return gather.load([arrays_gmem], [piece], [place], jnp.int32(0))
+    return gather.HELD.load([arrays_gmem], [piece], [place], jnp.int32(0))
 
 
 def wait() -> None:
@@ -141,7 +141,7 @@ def _copy_row(
 
 def _load(stage_smem: Any, firsts: tuple[int, ...], layout: Any) -> jax.Array:
     """Of every row this lane's piece of the four from each of `firsts` on."""
-    shape = BLOCK, len(firsts) * gather.WORDS
+    shape = BLOCK, len(firsts) * WORDS
     if is_interpreted():
         return stage_smem[:, pl.ds(4 * firsts[0], shape[1])]
     found = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.int32), layout=layout)

@@ -18,7 +18,7 @@ Bound: C (K + 4 + 4 T) bytes (FP4: C (K/2 + K/32 + 4 T)) / 3.35 TB/s and about 2
 128 and one token 64 FP8 keys come in 672 cycles of an SM's share of 3 TB/s; their wgmmas take 128, and some 150
 instructions of each of a scheduler's warps. On an H100: 262144 keys 15.7 us (68 % of the bound), 32 x 65536 102.8 (83
 %), 128 x 8192 53.8 (80 %). FP4 keys take some 320 instructions, in half the cycles: they bind. On an H200, FP8 and FP4:
-12.1 and 12.3, 73.8 and 73.9, 38.9 and 41.5 us; its memory is faster, its multiprocessors are the same.
+12.2 and 12.3, 74.7 and 75.2, 39.5 and 41.7 us; its memory is faster, its multiprocessors are the same.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

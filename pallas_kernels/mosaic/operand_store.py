@@ -18,6 +18,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.mosaic.addresses import constant, i32, i64
 from pallas_kernels.mosaic.interpreter import is_interpreted
 
 ROWS, COLUMNS = 64, 64  # 128 bytes a row
@@ -34,18 +35,18 @@ def store(ref: Any, x: jax.Array, begin: int) -> None:
     def run(_ctx: Any, to: ir.Value, x: Any) -> None:
         strides, _ = ir.MemRefType(to.type).get_strides_and_offset()
         lane, warp = (
-            arith.remui(i, _word(n)) for i, n in ((utils.thread_idx(), 32), (_div(utils.thread_idx(), 32), 4))
+            arith.remui(i, constant(n)) for i, n in ((utils.thread_idx(), 32), (_div(utils.thread_idx(), 32), 4))
         )
-        matrix, row = _div(lane, 8), arith.remui(lane, _word(8))
+        matrix, row = _div(lane, 8), arith.remui(lane, constant(8))
         # Matrices of eight rows and columns: lower rows first, then columns. This lane has the address of one row.
-        block = arith.addi(arith.muli(warp, _word(2)), arith.remui(matrix, _word(2)))
+        block = arith.addi(arith.muli(warp, constant(2)), arith.remui(matrix, constant(2)))
         column = arith.xori(row, _div(matrix, 2))
-        offset = arith.addi(arith.muli(block, _word(2 * strides[0])), arith.muli(row, _word(2 * COLUMNS)))
-        start = arith.trunci(_i32(), llvm.ptrtoint(_i64(), utils.memref_ptr(to)))
+        offset = arith.addi(arith.muli(block, constant(2 * strides[0])), arith.muli(row, constant(2 * COLUMNS)))
+        start = arith.trunci(i32(), llvm.ptrtoint(i64(), utils.memref_ptr(to)))
         registers = x.registers.reshape(-1, 4)  # of two blocks of columns, each of two of rows
         for i, four in enumerate(registers, begin // 16):
-            of_lane = arith.addi(offset, arith.muli(arith.xori(column, _word(2 * i)), _word(16)))
-            words = [llvm.bitcast(_i32(), register) for register in four]
+            of_lane = arith.addi(offset, arith.muli(arith.xori(column, constant(2 * i)), constant(16)))
+            words = [llvm.bitcast(i32(), register) for register in four]
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
                 [arith.addi(start, of_lane), *words],
@@ -58,16 +59,4 @@ def store(ref: Any, x: jax.Array, begin: int) -> None:
 
 
 def _div(x: ir.Value, divisor: int) -> ir.Value:
-    return arith.divui(x, _word(divisor))
-
-
-def _word(value: int) -> ir.Value:
-    return arith.constant(_i32(), value)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
+    return arith.divui(x, constant(divisor))

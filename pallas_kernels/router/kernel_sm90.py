@@ -15,7 +15,7 @@ semaphores, runs three launches. A token's scores, experts and weights depend on
 
 Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two hand-overs (one for one
 token) and the choice. One token takes 4.9 us on an H200, of which 3.5 pass until partial logits are handed over and 1.3
-until the choice is made; 8 tokens take 5.3 and 16 5.6.
+until the choice is made; 8 tokens take 5.5.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

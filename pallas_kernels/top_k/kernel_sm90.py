@@ -14,9 +14,9 @@ or, of tiles, few more: they do no harm. If equal keys are more than that, the s
 The order of the few that are left: their ranks, from the bins they fall into (rank.py). Where a bin holds many, or they
 are many, the k best are chosen first and sorted (sort.py): pairs (key, index) differ, so there is one order.
 
-Bound: 4 N bytes a row / 3.35 TB/s. On an H200, normal scores: 512 of 262144 in 9.9 us (14.9 with a sort), of which the
-maxima take 1.4; for 32 rows 21 us (27), the maxima 10.3; 512 of 65536 for 32 rows 12.3 us (16.0), 512 of 8192 for 128
-rows 7.8 us. Of the second kernel's 15 000 cycles at one row loading the maxima takes 2200, counting them 3000, keeping
+Bound: 4 N bytes a row / 3.35 TB/s. On an H200, normal scores: 512 of 262144 in 10.5 us (14.9 with a sort), of which the
+maxima take 1.4; for 32 rows 20.5 us (27), the maxima 10.3; 512 of 65536 for 32 rows 12.3 us (16.0), 512 of 8192 for 128
+rows 8.2 us. Of the second kernel's 15 000 cycles at one row loading the maxima takes 2200, counting them 3000, keeping
 the tiles 2900, their entries 3300 and the order 3800. Where scores are rounded to halves, equal keys are told apart by
 their indices and the best are sorted: one row of 262144 takes 20 us.
 """

@@ -21,6 +21,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 
 ACCUMULATOR = plgpu.Layout.WGMMA
@@ -49,10 +50,10 @@ def _of_warps(x: jax.Array, in_jnp: Callable[..., jax.Array], of_two: Reduce) ->
     def reduce(_ctx: Any, x: Any) -> Any:
         pairs = x.registers.reshape(BLOCKS, 2)  # of which a lane has two rows
         blocks = [[of_two(*(vector.extract(pair, [], [i]) for pair in rows)) for i in range(2)] for rows in pairs]
-        lane = arith.remui(utils.thread_idx(), _word(32))
+        lane = arith.remui(utils.thread_idx(), constant(32))
         for bit in (2, 1, 0):  # of the block that a lane keeps: of two it hands the other's on
-            mask = _word(4 << bit)
-            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, mask), _word(0))
+            mask = constant(4 << bit)
+            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(lane, mask), constant(0))
             half = len(blocks) // 2
             blocks = [
                 [_traded(low, high, upper, 4 << bit, of_two) for low, high in zip(*both, strict=True)]
@@ -89,8 +90,8 @@ def any_above(x: jax.Array, bound: jax.Array) -> jax.Array:
                     value, limit = (vector.extract(of, [], [i]) for of in (pair, bounds))
                     mine = arith.ori(mine, arith.cmpf(arith.CmpFPredicate.OGT, value, limit))
         together = llvm.inline_asm(
-            _i32(),
-            [arith.extui(_i32(), mine), utils.warpgroup_barrier_idx(sync=False)],
+            i32(),
+            [arith.extui(i32(), mine), utils.warpgroup_barrier_idx(sync=False)],
             "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; bar.red.or.pred q, $2, 128, p; selp.b32 $0, 1, 0, q; }",
             "=r,r,r",
             has_side_effects=True,
@@ -98,11 +99,3 @@ def any_above(x: jax.Array, bound: jax.Array) -> jax.Array:
         return mgpu.FragmentedArray.splat(together, (), is_signed=True)
 
     return ask(x, bound) != 0
-
-
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _word(value: int) -> ir.Value:
-    return arith.constant(_i32(), value)

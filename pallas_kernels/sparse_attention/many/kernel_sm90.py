@@ -26,7 +26,7 @@ cycles; 900 instructions of a scoring warp. Next to no register is spilled: loca
 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
 Measured on an H200 (4.8 TB/s), 64 heads: 128 queries of 128 + 512 entries 37.5 us, 36 % of the bytes' limit (the kernel
 for few 39.8, FlashMLA 47.0), 256 70.2, 512 137, 64 of 128 + 8192 191 us, 37 % (204, 246); 128 queries of 128 heads,
-128 + 1024, 106 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few (10.7).
+128 + 1024, 106 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few (10.9).
 Without loads 30.0 us remained of 40.0, which four blocks asked for ahead took: what binds is not explained yet.
 """
 

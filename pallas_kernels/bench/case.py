@@ -60,6 +60,7 @@ class Bench:
     shared: key -> what is large and made once; an input set is then the pair (inputs(key), shared).
     reference: the result of an input set in float32, or a part of it: `part` cuts the same from a result, whose rows
     behind the reference's are padding. judge: (result, reference) -> what is wrong, or None.
+    in_place: implementations replace what an input set holds, so that results are checked on sets not used before.
     choices: what the table of tilings calls those of `ours` that it may hold. chosen: the name of the one that it
     gives for this case, which is timed unless all are (None: the first).
     nbytes: each operand once. peer: the name the peer's adapter knows this shape by.
@@ -79,6 +80,7 @@ class Bench:
     shared: Callable[[jax.Array], Any] | None = None
     part: Callable[[Any], Any] = lambda result: result
     judge: Callable[[Any, Any], str | None] = disagreement
+    in_place: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
     chosen: str | None = None
 

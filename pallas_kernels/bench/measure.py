@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.bench.case import Bench
 from pallas_kernels.bench.timing import input_sets, microseconds, timed_calls
@@ -92,6 +93,7 @@ def _measured(
     try:
         sets = case.sets(input_sets(case.nbytes))
         want = jax.block_until_ready(case.reference(sets[0]))
+        unused = jax.tree.map(jnp.copy, sets[0]) if case.in_place else None
     except Exception as error:
         for name in names:
             yield row(name, f"inputs: {_reason(error)}", {}, None, 0)
@@ -101,7 +103,7 @@ def _measured(
     peer = None
     for name in names:
         with _watched(lambda: stuck(row(name, f"stuck for {PATIENCE} s", xla, None, calls))):  # noqa: B023
-            time = _ours(case, name, sets, want)
+            time = _ours(case, name, sets, unused, want)
         lost = isinstance(time, str) and not _alive()
         if peers is not None and "peer" in beside and case.peer is not None and not lost:
             sets.clear()  # there is one name only, and the peer's framework needs the memory
@@ -123,16 +125,23 @@ def _watched(late: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _ours(case: Bench, name: str | None, sets: list[Any], want: Any) -> float | str:
+def _ours(case: Bench, name: str | None, sets: list[Any], unused: Any, want: Any) -> float | str:
+    """unused: the first set as it was made, where whoever was timed before has replaced it; else None."""
     if name is None:
         return "no kernel takes it"
-    return _timed(case.ours[name], sets, lambda result: case.wrong(result, want))
+
+    def wrong(run: Callable[[Any], Any]) -> str | None:
+        return case.wrong(run(sets[0] if unused is None else jax.tree.map(jnp.copy, unused)), want)
+
+    return _timed(case.ours[name], sets, wrong)
 
 
-def _timed(run: Callable[[Any], Any], sets: list[Any], wrong: Callable[[Any], str | None] | None = None) -> float | str:
+def _timed(
+    run: Callable[[Any], Any], sets: list[Any], wrong: Callable[[Callable[[Any], Any]], str | None] | None = None
+) -> float | str:
     """Microseconds, or why there are none: a tiling that does not fit must not end the run."""
     try:
-        if wrong is not None and (reason := wrong(run(sets[0]))):
+        if wrong is not None and (reason := wrong(run)):
             return f"wrong: {reason}"
         return microseconds(run, sets)
     except Exception as error:

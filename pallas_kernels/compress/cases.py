@@ -46,4 +46,5 @@ SMALL = (
     CompressCase("small csa", 2, 4, 4, 2, 64, 16),
     CompressCase("small csa index", 2, 1, 4, 2, 32, 16, "index"),
     CompressCase("small hca", 2, 1, 128, 1, 64, 16),
+    CompressCase("small csa chunk", 2, 13, 4, 2, 64, 16),  # the first entries have rows of the open block
 )

@@ -29,15 +29,11 @@ class UnsupportedError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation. `unsupported_reason` sees the op's arguments and judges shapes, dtypes and device alone.
-
-    only_by_name: why "auto" passes it by even so; it runs for who names it.
-    """
+    """One implementation. `unsupported_reason` sees the op's arguments and judges shapes, dtypes and device alone."""
 
     name: str
     run: Callable[..., Any]
     unsupported_reason: Callable[..., str | None]
-    only_by_name: str | None = None
 
 
 class Op:
@@ -77,8 +73,6 @@ class Op:
         refusals: list[str] = []
         for candidate in named:
             reason = candidate.unsupported_reason(*args, **kwargs)
-            if reason is None and implementation == "auto":
-                reason = candidate.only_by_name
             if reason is None:
                 return candidate, tuple(refusals)
             refusals.append(f"{candidate.name}: {reason}")
@@ -139,11 +133,9 @@ def always(*_args: Any, **_kwargs: Any) -> None:
     return None
 
 
-def kernel(
-    run: Callable[..., Any], unsupported_reason: Callable[..., str | None], only_by_name: str | None = None
-) -> Candidate:
+def kernel(run: Callable[..., Any], unsupported_reason: Callable[..., str | None]) -> Candidate:
     """The candidate of Hopper kernels, "sm90"."""
-    return Candidate("sm90", traced_once(run), unsupported_reason, only_by_name)
+    return Candidate("sm90", traced_once(run), unsupported_reason)
 
 
 def traced_once(run: Callable[..., Any]) -> Callable[..., Any]:

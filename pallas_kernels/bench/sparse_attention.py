@@ -43,10 +43,7 @@ def bench(case: DecodeCase) -> Bench:
         name=case.name,
         inputs=functools.partial(inputs, case),
         shared=functools.partial(pools, case),
-        ours={
-            "sm90": jax.jit(functools.partial(run, sm90.attend)),
-            "sm90_staged": jax.jit(functools.partial(run, functools.partial(sm90.attend, staged=True))),
-        },
+        ours={"sm90": jax.jit(functools.partial(run, sm90.attend))},
         xla={"reference": jax.jit(functools.partial(run, reference.sparse_attention))},
         reference=jax.jit(exact),
         judge=difference,

@@ -7,23 +7,19 @@ results over disjoint entries merge by it, and the sink enters once, at the end.
 
 from __future__ import annotations
 
-import functools
-
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Candidate, Op, kernel, traced_once
+from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.quant import Pages, Rows
 from pallas_kernels.rotary import Rotation
 from pallas_kernels.sparse_attention import prefill_blocks, prefill_sm90, reference, sm90
 from pallas_kernels.typing import typed
 
-STAGED = traced_once(functools.partial(sm90.attend, staged=True))
 DECODE = Op(
     "sparse_attention",
     [
         kernel(sm90.attend, sm90.unsupported_reason),
-        Candidate("sm90_staged", STAGED, sm90.staged_reason, only_by_name="it has not run on a GPU yet"),
         reference_candidate(reference.sparse_attention),
     ],
 )

@@ -66,7 +66,7 @@ def put(
         if tile < len(words.codes):
             entries_smem[place] = dequantised(words, tile, power_of)
         elif (i := tile - len(words.codes)) < len(now):
-            entries_smem[place] = scaled(channels(*now[i]()), power(2 * 127 + HEADROOM - power_of))
+            entries_smem[place] = scaled(channels(*now[i]()), power(2 * 127 + HEADROOM - power_of), OF_TAIL)
         else:
             entries_smem[place] = plgpu.layout_cast(jnp.zeros((ROWS, TILE), jnp.float16), OF_CODES)
     # Not row < 0: what a loop carries has lost its sign for comparisons.
@@ -81,12 +81,12 @@ def convert_q(q_smem: Any, measure_smem: Any, rows: Any, scale: float) -> None:
     """
     halves, _, half = q_smem.shape
     pieces = [q_smem.at[at, rows, pl.ds(column, TILE)] for at in range(halves) for column in range(0, half, TILE)]
-    held = [plgpu.load(x, layout=OF_TAIL, optimized=False) for x in pieces]
+    held = [plgpu.load(x, layout=OF_CODES, optimized=False) for x in pieces]
     held = [lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
     largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, held)), axis=1)
     power_of = jnp.clip(exponent_of(largest), Q_LEAST, 254)
     for piece, x in zip(pieces, held, strict=True):
-        piece[...] = scaled(x, power(2 * 127 + Q_LARGEST - power_of))
+        piece[...] = scaled(x, power(2 * 127 + Q_LARGEST - power_of), OF_CODES)
     measure_smem[rows] = power(power_of - Q_LARGEST - HEADROOM) * scale
 
 
@@ -114,9 +114,9 @@ def dequantised(words: Words, tile: int, exponent: jax.Array) -> jax.Array:
     return codes.astype(jnp.float16) * across(power(127 + HEADROOM - smaller).astype(jnp.float16), OF_CODES)
 
 
-def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """float16 of bfloat16 x [ROWS, TILE] in OF_TAIL times factor float32 [ROWS]."""
-    return (x.astype(jnp.float32) * across(factor, OF_TAIL)).astype(jnp.float16)
+def scaled(x: jax.Array, factor: jax.Array, layout: Any) -> jax.Array:
+    """float16 of bfloat16 x [ROWS, TILE] of this layout times factor float32 [ROWS]."""
+    return (x.astype(jnp.float32) * across(factor, layout)).astype(jnp.float16)
 
 
 def channels(words: jax.Array) -> jax.Array:

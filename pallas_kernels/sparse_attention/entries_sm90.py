@@ -101,8 +101,10 @@ class Named:
             words, here, following, numbers = state
             put(i, words, load(i, here), here[1])
             if held_ahead:  # behind the fence of `put`, which waits for what is asked for before it
-                words = loaded(load(i + 1, following))
-            return words, kept(following), find(i + 2, numbers), name(i + 3)
+                with jax.named_scope("load"):
+                    words = loaded(load(i + 1, following))
+            with jax.named_scope("look up"):
+                return words, kept(following), find(i + 2, numbers), name(i + 3)
 
         held_ahead = layouts[0].parts.codes is not None
 

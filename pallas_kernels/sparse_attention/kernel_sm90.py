@@ -89,7 +89,7 @@ def attend(
         q_smem, entries_smem, weights_smem = (scratch[name] for name in ("q", "entries", "weights"))
         measures_smem, measure_smem = scratch["measures"], scratch["measure"]
         top_smem, fade_smem, sums_smem = (scratch[name] for name in ("top", "fade", "sums"))
-        filled, free, topped, scored = (scratch[name] for name in ("filled", "free", "topped", "scored"))
+        filled, free, scored = (scratch[name] for name in ("filled", "free", "scored"))
         warpgroup = lax.axis_index("warpgroup")
 
         def unit(index: jax.Array) -> tuple[Unit, Named]:
@@ -108,9 +108,12 @@ def attend(
                 def put(i, words, load, row):
                     """Block i into its buffer, as float16 and as multiples of powers of two of the entries' own."""
                     slot = lax.rem(i, BUFFERS)
-                    plgpu.barrier_wait(free.at[slot])
-                    convert.put(words, load, row, entries_smem.at[slot], measures_smem.at[slot], rows)
-                    plgpu.commit_smem()
+                    with jax.named_scope("wait for the buffer"):
+                        plgpu.barrier_wait(free.at[slot])
+                    with jax.named_scope("convert"):
+                        convert.put(words, load, row, entries_smem.at[slot], measures_smem.at[slot], rows)
+                    with jax.named_scope("commit"):
+                        plgpu.commit_smem()
                     plgpu.barrier_arrive(filled.at[slot])
 
                 named.stream(warpgroup - CONSUMERS, put)
@@ -133,9 +136,14 @@ def attend(
                 asked = scratch["asked"]
                 plgpu.copy_gmem_to_smem(q_gmem.at[query, heads_gmem, columns], q_smem.at[warpgroup], asked)
 
-                def score(i, top, total):
-                    """The weights of block i, which lies in this warpgroup's buffer, to shared memory."""
-                    plgpu.barrier_wait(filled.at[warpgroup])
+                def step(i, state):
+                    """Block i, which lies in this warpgroup's buffer: its weights, to shared memory, and its sums.
+
+                    The products of the block before it run behind those with q.
+                    """
+                    sums, top, total = state
+                    with jax.named_scope("wait for entries"):
+                        plgpu.barrier_wait(filled.at[warpgroup])
                     # Zero, and the buffer of this warpgroup: addresses that were the same for every block would be
                     # kept for all of them, in more registers than there are.
                     zero, slot = jnp.minimum(i, 0), lax.rem(i, BUFFERS)
@@ -143,12 +151,14 @@ def attend(
                     def multiply(accumulator):
                         for at in range(CONSUMERS):
                             plgpu.wgmma(accumulator, q_smem.at[zero + at], entries_smem.at[slot, at].T)
-                        return accumulator[...]
+                        added = lax.fori_loop(0, jnp.minimum(i, 1), lambda _, sums: add(1 - slot, sums), sums)
+                        return accumulator[...], added
 
                     def measures(j):
                         return plgpu.load(measures_smem.at[slot, j], layout=PER_ENTRY, optimized=False)
 
-                    logits = pl.run_scoped(multiply, plgpu.ACC((HEADS, BLOCK), jnp.float32))
+                    with jax.named_scope("multiply"):
+                        logits, sums = pl.run_scoped(multiply, plgpu.ACC((HEADS, BLOCK), jnp.float32))
                     measure = plgpu.load(measure_smem.at[pl.ds(0, HEADS)], layout=PER_HEAD, optimized=False)
                     logits = logits * lax.broadcast_in_dim(measure, logits.shape, [0])
                     # Relative to the entries' own powers of two, as the entries are.
@@ -157,49 +167,52 @@ def attend(
                     highest = jnp.max(logits, axis=1)
 
                     def of_other():
-                        plgpu.barrier_wait(topped.at[other])
                         return plgpu.load(top_smem.at[other], layout=PER_HEAD, optimized=False)
 
                     before = lax.cond(i > 0, of_other, lambda: per_head(-jnp.inf))
                     new_top = jnp.maximum(before, highest)
                     top_smem[warpgroup] = new_top
-                    plgpu.barrier_arrive(topped.at[warpgroup])
                     shift = finite(new_top)
-                    weights = jnp.exp2(logits - lax.broadcast_in_dim(shift - LARGEST, logits.shape, [0]))
-                    weights_smem[warpgroup] = weights.astype(jnp.float16)
-                    fade_smem[warpgroup] = jnp.exp2(before - shift)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(scored.at[warpgroup])
-                    weights = weights * lax.broadcast_in_dim(measures(convert.INVERSE), weights.shape, [1])
-                    return new_top, total * jnp.exp2(top - shift) + jnp.sum(weights, axis=1)
+                    with jax.named_scope("weigh"):
+                        weights = jnp.exp2(logits - lax.broadcast_in_dim(shift - LARGEST, logits.shape, [0]))
+                        weights_smem[warpgroup] = weights.astype(jnp.float16)
+                        fade_smem[warpgroup] = jnp.exp2(before - shift)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(scored.at[warpgroup])
+                    with jax.named_scope("sum"):
+                        weights = weights * lax.broadcast_in_dim(measures(convert.INVERSE), weights.shape, [1])
+                        total = total * jnp.exp2(top - shift) + jnp.sum(weights, axis=1)
+                    return add(slot, sums), new_top, total
 
                 def add(slot, sums):
                     """sums, faded, and the weights of the block in `slot` times its entries."""
-                    plgpu.barrier_wait(scored.at[slot])
-                    fade = plgpu.load(fade_smem.at[slot], layout=PER_HEAD, optimized=False)
-                    sums = [x * lax.broadcast_in_dim(fade, x.shape, [0]) for x in sums]
-                    sums = add_products(sums, weights_smem.at[slot], entries_smem.at[slot, warpgroup])
+                    with jax.named_scope("wait for weights"):
+                        plgpu.barrier_wait(scored.at[slot])
+                    with jax.named_scope("fade"):
+                        fade = plgpu.load(fade_smem.at[slot], layout=PER_HEAD, optimized=False)
+                        sums = [x * lax.broadcast_in_dim(fade, x.shape, [0]) for x in sums]
+                    with jax.named_scope("add"):
+                        sums = add_products(sums, weights_smem.at[slot], entries_smem.at[slot, warpgroup])
                     plgpu.barrier_arrive(free.at[slot])
                     return sums
 
-                def pair(i, state):
-                    sums, top, total = state
-                    scored_here = i * BUFFERS + warpgroup
-                    top, total = lax.cond(scored_here < count, score, lambda i, *state: state, scored_here, top, total)
-                    sums = lax.fori_loop(0, jnp.minimum(count - i * BUFFERS, BUFFERS), add, sums)
-                    return sums, top, total
-
-                plgpu.barrier_wait(asked)
-                convert.convert_q(q_smem, measure_smem, pl.ds(warpgroup * gather.ROWS, gather.ROWS), scale * LOG2_E)
-                plgpu.commit_smem()
+                with jax.named_scope("load q"):
+                    plgpu.barrier_wait(asked)
+                with jax.named_scope("convert q"):
+                    rows = pl.ds(warpgroup * gather.ROWS, gather.ROWS)
+                    convert.convert_q(q_smem, measure_smem, rows, scale * LOG2_E)
+                    plgpu.commit_smem()
                 plgpu.barrier_arrive(scratch["prepared"])
                 plgpu.barrier_wait(scratch["prepared"])
                 zeros = plgpu.layout_cast(jnp.zeros((HEADS, each), jnp.float32), plgpu.Layout.WGMMA)
                 state = [zeros] * (half // each), per_head(-jnp.inf), per_head(0.0)
-                sums, top, total = lax.fori_loop(0, lax.div(count + BUFFERS - 1, BUFFERS), pair, state)
-                # The last block's maximum, which nobody needed.
-                last_is_other = lax.rem(count + BUFFERS - 1, BUFFERS) == other
-                pl.when((count > 0) & last_is_other)(lambda: plgpu.barrier_wait(topped.at[other]))
+                turns = lax.div(count - warpgroup + (BUFFERS - 1), BUFFERS)
+                sums, top, total = lax.fori_loop(
+                    0, turns, lambda turn, state: step(turn * BUFFERS + warpgroup, state), state
+                )
+                # The last block, if it is the other's.
+                behind = (count > 0) & (lax.rem(count + BUFFERS - 1, BUFFERS) == other)
+                sums = lax.fori_loop(0, behind.astype(jnp.int32), lambda _, sums: add(other, sums), sums)
 
                 sums_smem[carry, warpgroup, 0] = top
                 sums_smem[carry, warpgroup, 1] = total
@@ -262,7 +275,6 @@ def attend(
         "prepared": plgpu.Barrier(num_arrivals=CONSUMERS),
         "filled": plgpu.Barrier(num_arrivals=GATHERERS, num_barriers=BUFFERS),
         "free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=BUFFERS),
-        "topped": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
         "scored": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
         "summed": plgpu.Barrier(num_arrivals=CONSUMERS),
     }

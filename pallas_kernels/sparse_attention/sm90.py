@@ -26,7 +26,6 @@ TILE = 64  # channels that share a scale
 PIECE = 16  # bytes that are loaded at once
 MOST_QUERIES = 4  # of a sequence
 MANY = 4  # blocks of a thread block, from which on it takes the kernel for many
-STAGED = 448, 128  # bytes of an entry's codes and bfloat16 channels, in the kernel that stages them
 LIST = 64  # entries of a list that are loaded at once
 
 
@@ -64,15 +63,6 @@ def unsupported_reason(
     return f"entries are stored in two formats: {formats}" if len(formats) > 1 else None
 
 
-def staged_reason(q: jax.Array, window: Any, *args: Any, **kwargs: Any) -> str | None:
-    """The same of the kernel whose entries stay FP8 in shared memory."""
-    if reason := unsupported_reason(q, window, *args, **kwargs):
-        return reason
-    if (sizes := _sizes(window)) != STAGED:
-        return f"entries have {sizes[0]} codes and {sizes[1]} bytes of bfloat16 channels: it takes {STAGED}"
-    return None
-
-
 def _entries_reason(entries: Any) -> str | None:
     if not isinstance(entries, Rows | Pages):
         return "are a plain array: it takes Rows and Pages"
@@ -108,22 +98,17 @@ def attend(
     *,
     scale: float,
     rotation: Rotation | None = None,
-    staged: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The op, with the kernel. Its gradients are the reference's, which gathers and computes everything again.
-
-    staged: by the kernel whose entries stay FP8 in shared memory, see `staged_reason`.
-    """
+    """The op, with the kernel. Its gradients are the reference's, which gathers and computes everything again."""
     named = (compressed_index, compressed_count)
-    return _attend(scale, staged, q, window, window_index, compressed, *named, sink, rotation)
+    return _attend(scale, q, window, window_index, compressed, *named, sink, rotation)
 
 
-def _forward(scale: float, staged: bool, *args: Any) -> tuple[Any, Any]:
-    return _attend(scale, staged, *args), args
+def _forward(scale: float, *args: Any) -> tuple[Any, Any]:
+    return _attend(scale, *args), args
 
 
-def _backward(scale: float, staged: bool, args: Any, cotangents: Any) -> tuple[Any, ...]:
-    del staged
+def _backward(scale: float, args: Any, cotangents: Any) -> tuple[Any, ...]:
     q, window, window_index, compressed, compressed_index, compressed_count, sink, rotation = args
 
     def again(q: jax.Array, window: Any, compressed: Any, sink: Any) -> Any:
@@ -136,10 +121,9 @@ def _backward(scale: float, staged: bool, args: Any, cotangents: Any) -> tuple[A
     return of_q, of_window, None, of_compressed, None, None, of_sink, None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
     scale: float,
-    staged: bool,
     q: jax.Array,
     window: Rows | Pages,
     window_index: jax.Array,
@@ -152,7 +136,6 @@ def _attend(
     # Pallas is slow to import.
     from pallas_kernels.sparse_attention import combine_sm90, entries_sm90, kernel_sm90, turn_sm90
     from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
-    from pallas_kernels.sparse_attention.staged import kernel_sm90 as staged_sm90
 
     batch, tokens, heads, width = q.shape
     sources = []
@@ -171,9 +154,8 @@ def _attend(
         end = sum(spread[-1])
         factors, turned_from = turn_sm90.factors(rotation, flat.shape[-1], end), end - 2 * rotation.cos.shape[-1]
     attend = kernel_sm90.attend
-    if staged or blocks >= MANY * parts:
-        of_many = staged_sm90.attend if staged else many_sm90.attend
-        attend = functools.partial(of_many, turned_from=turned_from)
+    if blocks >= MANY * parts:
+        attend = functools.partial(many_sm90.attend, turned_from=turned_from)
     out, lse = attend(flat, sources, sink, factors, tokens=tokens, scale=scale, splits=parts)
     if parts > 1:
         out, lse = combine_sm90.combine(out, lse, sink, factors, q.dtype)

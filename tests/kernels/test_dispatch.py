@@ -92,11 +92,3 @@ def test_every_op_ends_with_a_reference_that_never_refuses():
         assert op.candidates[-1].name == "reference"
         assert op.candidates[-1].unsupported_reason() is None
         assert len({c.name for c in op.candidates}) == len(op.candidates)
-
-
-def test_auto_passes_by_what_runs_by_name_only(op):
-    """And says why, after what shapes and devices refuse."""
-    op.candidates = (Candidate("new", lambda x: ("new", x), lambda x: None, "too new"), *op.candidates)
-    assert op(1) == ("fast", 1)
-    assert op(1, implementation="new") == ("new", 1)
-    assert op.choose((1,), {})[1] == ("new: too new",)

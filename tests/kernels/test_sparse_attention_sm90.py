@@ -21,7 +21,6 @@ from pallas_kernels.sparse_attention import api, sm90, sparse_attention
 
 FORM = entry_format("fp8", 64)
 WIDTH, FULL, SCALE = 128, 512, 512**-0.5  # channels of most tests, where 512 would take four times as long
-KERNEL = "sm90"
 
 
 @jax.jit
@@ -33,7 +32,7 @@ def reference(q, *args, turned=None):
 def kernel(*args, turned=None):
     with interpreted():
         args = jax.tree.map(jnp.asarray, args)
-        how = {"implementation": KERNEL, "scale": SCALE, "rotation": turned}
+        how = {"implementation": "sm90", "scale": SCALE, "rotation": turned}
         return jax.block_until_ready(sparse_attention(*args, **how))
 
 
@@ -60,9 +59,8 @@ def check(got, want):
     assert np.max(np.abs(np.asarray(got[1]) - want[1]), where=finite, initial=0) <= 1e-3
 
 
-def rows(key, batch, count, width=None, form=FORM):
+def rows(key, batch, count, width=WIDTH, form=FORM):
     """Entries whose tiles differ in size by powers of two."""
-    width = width or WIDTH
     values, spread = jax.random.split(jax.random.key(key))
     size = jnp.exp2(jax.random.randint(spread, (batch, count, width // 16), -2, 1).astype(jnp.float32))
     return encode_rows(jax.random.normal(values, (batch, count, width)) * size.repeat(16, -1), form)
@@ -92,24 +90,14 @@ def shuffled(entries, page_size, seed=0):
     return paged(entries, page_size, jnp.asarray(table, jnp.int32))
 
 
-def queries(key, batch, tokens, heads=64, width=None):
-    return jax.random.normal(jax.random.key(key), (batch, tokens, heads, width or WIDTH), jnp.bfloat16)
+def queries(key, batch, tokens, heads=64, width=WIDTH):
+    return jax.random.normal(jax.random.key(key), (batch, tokens, heads, width), jnp.bfloat16)
 
 
 @pytest.fixture(params=["few", "many"])
-def of_any_width(request, monkeypatch):
-    """The kernels for thread blocks with few blocks of entries, and with many."""
-    monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
-
-
-@pytest.fixture(params=["few", "many", "staged"])
 def which(request, monkeypatch):
-    """And the one whose entries stay FP8 in shared memory."""
-    if request.param == "staged":
-        monkeypatch.setitem(globals(), "KERNEL", "sm90_staged")
-        monkeypatch.setitem(globals(), "WIDTH", FULL)
-    else:
-        monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
+    """Both kernels: for thread blocks with few blocks of entries, and with many."""
+    monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
 
 
 SINK = np.concatenate([np.linspace(-3, 3, 62), [np.inf, -np.inf]]).astype(np.float32)
@@ -200,7 +188,7 @@ def test_logits_that_grow(count):
 
 
 @pytest.mark.parametrize(("kind", "width", "rotary", "heads"), [("fp8", 64, 16, 8), ("bfloat16", 96, 0, 8)])
-@pytest.mark.usefixtures("of_any_width")
+@pytest.mark.usefixtures("which")
 def test_other_sizes(kind, width, rotary, heads):
     """Tiles that rows do not fill, and heads that do not fill a thread block."""
     batch, count, form = 2, 70, entry_format(kind, rotary)
@@ -247,9 +235,9 @@ def shapes(heads=64, width=FULL, dtype=jnp.bfloat16, form=FORM, tokens=1):
     return jax.eval_shape(build)
 
 
-def reason(*args, name="sm90"):
+def reason(*args):
     with pretend(KINDS["H100 / H200"]), pytest.raises(UnsupportedError) as error:
-        api.DECODE.choose(args, {"scale": 1.0}, name)
+        api.DECODE.choose(args, {"scale": 1.0}, "sm90")
     return str(error.value)
 
 
@@ -263,8 +251,6 @@ def test_what_it_does_not_take():
     assert "1 to 4 queries" in reason(*shapes(tokens=5))
     q, entries, index, _, *rest = shapes()
     plain = shapes(form=entry_format("bfloat16", 0))[1]
-    assert "it takes (448, 128)" in reason(*shapes(width=256), name="sm90_staged")
-    assert "it takes (448, 128)" in reason(q, plain, *shapes()[2:], name="sm90_staged")
     assert "in two formats" in reason(q, entries, index, plain, index, *rest[1:])
     rest = index, None, *rest
     assert "plain array" in reason(q, entries.body, *rest)
@@ -272,8 +258,7 @@ def test_what_it_does_not_take():
         api.DECODE.choose(shapes(), {"scale": 1.0}, "sm90")
 
 
-@pytest.mark.parametrize("name", ["sm90", "sm90_staged"])
-def test_it_lowers_for_a_gpu_that_need_not_be_there(name):
+def test_it_lowers_for_a_gpu_that_need_not_be_there():
     q, entries, index, *_ = shapes()
     pool = jax.ShapeDtypeStruct((16, 64 * 584), jnp.uint8)
     table = jax.ShapeDtypeStruct((2, 8), jnp.int32)
@@ -284,7 +269,7 @@ def test_it_lowers_for_a_gpu_that_need_not_be_there(name):
     def run(q, window, window_index, compressed, compressed_index, count):
         named = (window, window_index, compressed, compressed_index, count)
         with pretend(KINDS["H100 / H200"]):
-            return sparse_attention(q, *named, None, implementation=name, scale=SCALE)
+            return sparse_attention(q, *named, None, implementation="sm90", scale=SCALE)
 
     for args in ((entries, index, pages, index, count), (pages, index, pages, None, count)):
         jax.jit(run).trace(q, *args).lower(lowering_platforms=("cuda",))

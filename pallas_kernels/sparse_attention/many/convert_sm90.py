@@ -170,21 +170,12 @@ def of_codes(words: jax.Array, scale: tuple[jax.Array, ...], tile: int, exponent
 
     Exact, but for scales 2^22 times smaller than the row's and more, which lose what float16 has no bits for.
     """
-    return times_factor(words, factor(scale, tile, exponent))
-
-
-def factor(scale: tuple[jax.Array, ...], tile: int, exponent: jax.Array) -> jax.Array:
-    """What a tile's codes are multiplied by, float16 [ROWS]."""
-    smaller = jnp.minimum(exponent - scale_code(scale, tile), 40)  # 2^-33 and less is nothing
-    return power(127 + HEADROOM - smaller).astype(jnp.float16)
-
-
-def times_factor(words: jax.Array, factor: jax.Array) -> jax.Array:
     if is_interpreted():
         codes = lax.bitcast_convert_type(words, jnp.float8_e4m3fn).reshape(ROWS, TILE)
     else:
         codes = reinterpreted(words, jnp.float8_e4m3fn, gather.CODES, OF_CODES[ROWS])
-    return codes.astype(jnp.float16) * across(factor, OF_CODES[ROWS])
+    smaller = jnp.minimum(exponent - scale_code(scale, tile), 40)  # 2^-33 and less is nothing
+    return codes.astype(jnp.float16) * across(power(127 + HEADROOM - smaller).astype(jnp.float16), OF_CODES[ROWS])
 
 
 def of_channels(words: jax.Array, exponent: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ class Named:
 
     def names(self, i: jax.Array) -> jax.Array:
         """The numbers of the entries of block i, anything where it has fewer."""
-        return self.of_block(i, lambda _layout, source, _limit, start: named(gather.HELD, source, self.query, start))
+        return self._of_block(i, lambda _layout, source, _limit, start: named(gather.HELD, source, self.query, start))
 
     def find(self, i: jax.Array, numbers: jax.Array) -> jax.Array:
         """Where block i lies, whose numbers these are: int32 [BLOCK], counted through all pages, and -1 for none."""
@@ -45,7 +45,7 @@ class Named:
             limit = jnp.where(i < self.blocks, limit, 0)  # of blocks that there are not, none is seen
             return slot(layout, source, self.sequence, jnp.where(position(gather.HELD, start) < limit, numbers, -1))
 
-        return self.of_block(i, find)
+        return self._of_block(i, find)
 
     def ask(self, i: jax.Array) -> None:
         """Asks for block i, as far as the L2 cache."""
@@ -54,7 +54,7 @@ class Named:
         def ask(layout: Layout, source: Source, _limit: jax.Array, _start: jax.Array) -> None:
             gather.HELD.prefetch(source.arrays, layout.parts, *place(layout, self.sequence, slots))
 
-        self.of_block(i, ask)
+        self._of_block(i, ask)
 
     def loads(self, i: jax.Array, slots: jax.Array) -> Loads:
         """What loads block i, which lies there."""
@@ -68,7 +68,7 @@ class Named:
             *(tuple(functools.partial(gather.HELD.load, arrays, x, places, second) for x in kind) for kind in of_each)
         )
 
-    def of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
+    def _of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
         """function(layout, source, limit, start) of the source that block i is in."""
         return of_source(function, self.each, self.first_blocks * BLOCK, (i + self.first) * BLOCK)
 

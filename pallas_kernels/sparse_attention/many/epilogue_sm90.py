@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +52,7 @@ def finish(
     """
     with jax.named_scope("wait for sums"):
         plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
-    last = lax.rem(blocks + SCORERS - 1, SCORERS)  # who had the last block, and may have raised the reference in it
-    share, lse = denominators(blocks, last, scratch, unit, whole.sink_gmem, of_heads)
+    share, lse = denominators(blocks, scratch, unit, whole.sink_gmem)
     q_smem, sums = scratch["q"], scaled(sums, share)
     half = q_smem.shape[-1]
     out_gmem = out_gmem.at[unit.split, unit.query, unit.heads, pl.ds(me * half, half)]
@@ -99,14 +98,9 @@ def of_channels(ref: Any, layout: Any) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (HEADS, TILE), [1]), layout)
 
 
-def denominators(
-    blocks: jax.Array, last: jax.Array, scratch: Scratch, unit: Unit, sink_gmem: Any, of_heads: Callable[[Any], Any]
-) -> tuple[jax.Array, jax.Array]:
-    """What sums are to be multiplied by, and the log-sum-exp without the sink, of each head, as `of_heads` loads it.
-
-    last: the scorer that had the last of `blocks` blocks.
-    """
-    total, top = totals(blocks, last, scratch, of_heads)
+def denominators(blocks: jax.Array, scratch: Scratch, unit: Unit, sink_gmem: Any) -> tuple[jax.Array, jax.Array]:
+    """What sums are to be multiplied by, and the log-sum-exp without the sink, of each head."""
+    total, top = totals(blocks, scratch)
     some = total != 0
     lse2 = jnp.where(some, jnp.log2(jnp.where(some, total, 1.0)) + (top - USUAL), 0.0)
     share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
@@ -115,10 +109,9 @@ def denominators(
     return share, jnp.where(some, lse2 / LOG2_E, -jnp.inf)
 
 
-def totals(
-    blocks: jax.Array, last: jax.Array, scratch: Scratch, of_heads: Callable[[Any], Any]
-) -> tuple[jax.Array, jax.Array]:
+def totals(blocks: jax.Array, scratch: Scratch) -> tuple[jax.Array, jax.Array]:
     """The sums of weights of both scorers, and what they are relative to, of each head."""
+    last = lax.rem(blocks + SCORERS - 1, SCORERS)  # who had the last block, and may have raised the reference in it
 
     def of_scorer(scorer: jax.Array) -> jax.Array:
         parts = [of_heads(scratch["sums"].at[scorer, warp]) for warp in range(columns.WARPS)]

@@ -1,1 +1,0 @@
-"""Sparse decode attention whose entries stay FP8 in shared memory."""

@@ -28,7 +28,7 @@ from jax import lax
 from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import ROW, SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
-from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS, TILE
+from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS
 from pallas_kernels.mosaic import lane_rows
 
 SLOTS = lane_rows.ROWS  # tokens whose numbers are kept
@@ -81,17 +81,13 @@ def make_coefficients(
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]
 
-    # Rounds whose tokens are all of one tile: their partials are asked for together.
-    together = 2 if TILE % (2 * share.cut.parts) == 0 else 1
-
     def sum_partials(i: jax.Array) -> None:
         with jax.named_scope("wait for partials"):
             handover.wait_for(i)
         with jax.named_scope("sum"):
-            sums = [part_sums(partial_gmem.at[:, :, share.row(i + j, ring)]) for j in range(together)]
-            for j, parts in enumerate(sums):
-                mixed.at[lax.rem(i + j, SLOTS)][pl.ds(0, ROW)] = jnp.sum(parts, axis=0)
-                plgpu.barrier_arrive(ready.at[lax.rem(i + j, ready.shape[0])])
+            slot = lax.rem(i, SLOTS)
+            mixed.at[slot][pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, share.row(i, ring)])
+            plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
 
     @pl.loop(0, lax.div(share.rounds + BATCH - 1, BATCH))
     def _batch(b):
@@ -99,7 +95,7 @@ def make_coefficients(
         rounds = jnp.minimum(BATCH, share.rounds - first)
         with jax.named_scope("wait for finishers"):
             pl.when(b >= 2)(lambda: plgpu.barrier_wait(read.at[half]))
-        pl.loop(0, lax.div(rounds, together))(lambda i: sum_partials(first + i * together))
+        pl.loop(0, rounds)(lambda i: sum_partials(first + i))
         of_batch = plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=lane_rows.LAYOUT) - half * BATCH
         tokens = share.token(first + of_batch)
         exists = (of_batch >= 0) & (of_batch < rounds) & (tokens < share.cut.tokens)
@@ -112,8 +108,8 @@ def make_coefficients(
             lane_rows.store(comb_gmem, tokens, sinkhorn(logits[2 * STREAMS :], numbers))
 
 
-def part_sums(partial_gmem: Any) -> jax.Array:
-    """[groups, 32] of a token's partials [groups, each, 32], a column in a lane of each warp.
+def summed(partial_gmem: Any) -> jax.Array:
+    """[32] in each warp's lanes, of a token's partials [groups, each, 32].
 
     Mosaic adds what warps hold in memory that it has once for a thread block: no other warpgroup may do so.
     """
@@ -122,7 +118,7 @@ def part_sums(partial_gmem: Any) -> jax.Array:
     sums = [plgpu.load(partial_gmem.at[:, c], layout=lanes, optimized=False) for c in range(each)]
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-    return sums[0]
+    return jnp.sum(sums[0], axis=0)
 
 
 def part_lanes(groups: int) -> Any:

@@ -33,7 +33,7 @@ class Handover(NamedTuple):
         pl.when(i >= self.lag)(lambda: plgpu.barrier_wait(self.finished.at[lax.rem(i - self.lag, self.lag)]))
 
     def done(self, i: jax.Array) -> None:
-        """Tells that the partials of the team's i-th tile are in memory, once everybody can see them there."""
+        """Tells that the partials of the team's i-th tile are in memory."""
         plgpu.semaphore_signal(self.written.at[self.share.tile(i)], memory_scope="gpu")
 
     def wait_for(self, i: jax.Array) -> None:

@@ -111,16 +111,10 @@ def project(
 
         return sums
 
-    def tell(i: jax.Array) -> None:
-        """A unit later than they are stored: who tells at once waits 2000 cycles until everybody can see them."""
-        with jax.named_scope("tell"):
-            handover.done(i)
-
     @pl.loop(0, share.tiles)
     def _tile(i):
         def add_pair(pair, sums):
             of_pair = of_unit(i, 2 * pair)
-            pl.when((pair == 0) & (i > 0))(lambda: tell(i - 1))
             if units > 1:
                 of_pair = added(of_pair, of_unit(i, 2 * pair + 1))
             return added(sums, of_pair)
@@ -136,8 +130,7 @@ def project(
         with jax.named_scope("hand over"):
             store_narrow(partial_gmem, (group, of_group, rows, pl.ds(0, MIXED)), product)  # rows of 96 bytes
             store_narrow(partial_gmem, (group, of_group, rows, SQUARES), squares)
-
-    pl.when(share.tiles > 0)(lambda: tell(share.tiles - 1))
+            handover.done(i)
 
 
 def unit_sums(f_smem: Any, fn_smem: Any) -> tuple[jax.Array, jax.Array]:

@@ -43,9 +43,9 @@ class Cut(NamedTuple):
     def least_lag(self, tiling: PreTiling) -> int:
         """Tiles between one that is loaded and one that must be finished, lest thread blocks wait for themselves.
 
-        The tiles of a round of finishing, those in the buffers, and the two whose partials come next.
+        The tiles of a round of finishing, those in the buffers, and the one whose partials come next.
         """
-        return -(-(self.parts - 1) // TILE) + -(-tiling.stages // tiling.units) + 2
+        return -(-(self.parts - 1) // TILE) + -(-tiling.stages // tiling.units) + 1
 
 
 def cut(tokens: int, width: int, tiling: PreTiling, multiprocessors: int) -> Cut:

@@ -162,6 +162,7 @@ def test_refusals(change, reason):
         assert call() == "A100 is no Hopper GPU (compute capability 9.0)"
 
 
+@pytest.mark.cpu
 def test_a_named_kernel_is_refused_here():
     arguments = problem(1, 4, 2, 64, 16, ENTRY, start=(3,), count=(1,))
     with pytest.raises(UnsupportedError, match="compress cannot run: sm90: cpu is no Hopper GPU"):

@@ -59,7 +59,7 @@ def check(got, want):
 @pytest.mark.parametrize(
     ("tokens", "width", "tiling"),
     [
-        (1, 256, PreTiling(1)),
+        (1, 256, PreTiling(1, lag=8)),
         (66, 256, PreTiling(4, stages=3)),  # a tile and two tokens
         (4, 512, PreTiling(2, stages=2)),
     ],
@@ -101,7 +101,7 @@ def test_what_a_token_is_depends_on_no_other():
     arguments, streams = parameters(256), streams_of(4, 256)
     order = np.random.default_rng(2).permutation(4)
     bad = jnp.where(jnp.arange(4)[:, None, None] == 1, jnp.bfloat16(np.nan), streams).at[2, 1, 7].set(jnp.inf)
-    one, pair = PreTiling(1), PreTiling(4)
+    one, pair = PreTiling(1, lag=8), PreTiling(4)
     runs = (streams, pair), (streams[order], pair), (streams[:2], one), (bad, pair)
     whole, permuted, few, spoilt = (run_pre(x, *arguments, tiling=tiling) for x, tiling in runs)
     good = np.isfinite(np.asarray(bad, np.float32)).all((1, 2))
@@ -144,6 +144,7 @@ def test_every_token_is_finished_once_and_not_too_early(tokens, width):
     assert sorted(token for token in seen if token < tokens) == list(range(tokens))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("iterations", "eps"), [(1, 1e-6), (3, 0.3), (20, 0.0)])
 def test_sinkhorn(iterations, eps):
     logits = np.random.default_rng(3).normal(size=(16, 5)).astype(np.float32) * 4
@@ -208,6 +209,7 @@ def test_divisions_need_an_eps():
         assert sm90.pre_unsupported(streams, fn, **HOW | {"eps": 0.0}) == "eps is 0.0: it takes 1e-09 and more"
 
 
+@pytest.mark.cpu
 def test_a_named_kernel_is_refused_here():
     with pytest.raises(UnsupportedError, match="hyper_connection_pre cannot run: sm90: cpu is no Hopper GPU"):
         hyper_connection.pre(streams_of(1, 256), *parameters(256), **HOW, implementation="sm90")

@@ -183,6 +183,7 @@ def test_refusals(changed, reason):
         assert sm90.unsupported_reason(x, weight, None, None, **how) == reason
 
 
+@pytest.mark.cpu
 def test_a_named_kernel_is_refused_here():
     with pytest.raises(UnsupportedError, match="router cannot run: sm90: cpu is no Hopper GPU"):
         router(

@@ -130,6 +130,7 @@ def reason(*args, width=128):
     return str(error.value)
 
 
+@pytest.mark.cpu
 def test_what_it_does_not_take():
     how = {"width": 128, "scale": 1.0}
     with pretend(KINDS["H100 / H200"]):

@@ -241,6 +241,7 @@ def reason(*args):
     return str(error.value)
 
 
+@pytest.mark.cpu
 def test_what_it_does_not_take():
     with pretend(KINDS["H100 / H200"]):
         assert api.DECODE.choose(shapes(heads=128, tokens=4), {"scale": 1.0})[0].name == "sm90"

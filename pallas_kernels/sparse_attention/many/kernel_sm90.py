@@ -24,10 +24,13 @@ The order of a query's sums depends on its own entries and on how many queries t
 Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; 230 KB through shared memory, 1800
 cycles; 900 instructions of a scoring warp. Next to no register is spilled: local memory would share an L1 cache of 28
 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
-Measured on an H200 (4.8 TB/s), 64 heads: 128 queries of 128 + 512 entries 37.5 us, 36 % of the bytes' limit (the kernel
-for few 39.8, FlashMLA 47.0), 256 70.2, 512 137, 64 of 128 + 8192 191 us, 37 % (204, 246); 128 queries of 128 heads,
-128 + 1024, 106 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few (10.9).
-Without loads 30.0 us remained of 40.0, which four blocks asked for ahead took: what binds is not explained yet.
+Measured on an H200 (4.8 TB/s), 64 heads: 128 queries of 128 + 512 entries 37.6 us, 36 % of the bytes' limit (the kernel
+for few 37.1, FlashMLA 47.5), 256 70.5 (85.9, 89.0), 512 137, 64 of 128 + 8192 191 us, 37 % (189, 246); 128 queries of
+128 heads, 128 + 1024, 107 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few.
+Of 67 000 cycles for ten blocks 11 000 pass until q is there, which all multiprocessors load at once; a scorer then
+takes 10 700 a block: 3400 convert and multiply, 2000 make weights, 1900 look up and ask, some 3000 wait for rows from
+the L2 cache. Both kernels pass some 4000 cycles' worth through the L1 cache and shared memory for a block, and whatever
+moves work from one warpgroup to another ends at 37 to 38 us. Entries that stay FP8 in shared memory took 47 to 50.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -7,8 +7,9 @@ of the entry's rms. An entry is a sum over rows, whose orders differ. Each weigh
 difference, below 8 for all that count, by 2^-22, exp by as much), the kernel's by two of those (an entry's parts are
 scaled once more): 3 x 2^-21 apart. With signs at their worst that counts 3.3 times in units of the rms (128 rows: what
 |c| adds up to over what is left of c), and up to twice behind the norm's weight: 2^-16.7, to which sums add little.
-Kernel and reference are within 2^-19.3 of float64. Of a chunk's 229 376 codes 741, small ones for the most part, lie so
-close to where the rounding changes that both neighbours are right.
+On a CPU the interpreted kernel and the reference are within 2^-19.3 of float64, and of the 229 376 codes of BENCH's
+chunk at ratio 4 741, small ones for the most part, lie so close to where the rounding changes that both neighbours are
+right.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ def cases() -> Iterator[Bench]:
     yield index_scores.bench(ScoreCase("scores", 3, 2, 200, 8, 64))
     yield index_scores.bench(ScoreCase("fp4 scores", 3, 2, 200, 8, 64, keys="fp4"))
     yield from map(compress.bench, SMALL)
-    yield from (sparse_attention.bench(DecodeCase(f"attention {top}", 64, 3, 2, 70, top)) for top in (30, 300))
+    for batch, window in ((3, 30), (3, 300), (40, 300)):  # the kernel for few, whole and divided, and that for many
+        yield sparse_attention.bench(DecodeCase(f"attention {batch} x 2, {window} + 70", 64, batch, 2, 70, window))
     yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))
     yield hyper_connection.bench_pre(HyperCase("m=5", 5, 1024), FP8_GROUP)
     yield hyper_connection.bench_post(HyperCase("m=5", 5, 512))

@@ -82,11 +82,12 @@ def table(role: Role) -> str:
 
 def run(case: Bench, which: str, directory: Path, phases: int) -> list[Path]:
     """Runs an implementation of a case on two sets of inputs; returns the traces of the second, one a launch."""
-    before, made = set(directory.iterdir()), list[Path]()
+    before = set(directory.iterdir())
+    made: list[Path] = []
     with timeline(directory, phases):
         call = jax.jit(case.ours[which])
         for inputs in case.sets(2):
-            for path in made:  # a launch has a name of its kernel's, and writes no file that there is
+            for path in made:  # all launches of a kernel write to the same file, and none replaces it
                 path.unlink()
             jax.block_until_ready(call(inputs))
             jax.effects_barrier()

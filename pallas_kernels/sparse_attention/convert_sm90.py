@@ -37,7 +37,8 @@ from pallas_kernels.sparse_attention.words_sm90 import (
     scale_code,
 )
 
-# Lanes hold the codes and channels that the words they have loaded become.
+# Lanes hold the codes and channels that the words they have loaded become. q is read as codes are: where lanes have
+# eight channels of either half, two rows of a swizzled tile meet in a bank.
 OF_CODES = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, TILE), (8, TILE), (16,), (8,))), (-6,), (-4, -3), -1)
 OF_TAIL = plgpu.Layout.TILED(plgpu.Tiling(((ROWS, TILE), (8, TILE), (32,), (8,))), (-6,), (-4, -2), -1)
 

@@ -13,7 +13,7 @@ warpgroups:
   other, exp2, and its share of the sum), and leaves the weights in shared memory; both add weights times entries to
   half of the channels each, block after block, so that an accumulator of [64, 256] stays in registers. The block
   before one's own is added behind one's own products with q: before them, who scores next would wait for it; behind the
-  weights, its buffer would be free half a turn later (128 queries: 48.9 and 40.2 us instead of 37.1).
+  weights, its buffer would be free half a turn later.
 
 float16 has the bits for weights that bfloat16 lacks, but not the range of entries. So entries are over powers of two of
 their own, E[n] (see convert_sm90), which logits are multiplied by and weights take over: with t = log2(e) s, what

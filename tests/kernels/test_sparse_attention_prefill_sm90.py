@@ -130,7 +130,6 @@ def reason(*args, width=128):
     return str(error.value)
 
 
-@pytest.mark.cpu
 def test_what_it_does_not_take():
     how = {"width": 128, "scale": 1.0}
     with pretend(KINDS["H100 / H200"]):
@@ -141,8 +140,12 @@ def test_what_it_does_not_take():
     assert "entries are float32" in reason(*shapes(entries=jnp.float32))
     assert "a window of 2000 rows" in reason(*shapes(tokens=1500), width=2000)
     assert "the window of 0 rows" in reason(*shapes(), width=0)
-    with pytest.raises(UnsupportedError, match="is no Hopper GPU"):
-        api.PREFILL.choose(shapes(), how, "sm90")
+
+
+@pytest.mark.cpu
+def test_a_named_kernel_is_refused_here():
+    with pytest.raises(UnsupportedError, match="cpu is no Hopper GPU"):
+        api.PREFILL.choose(shapes(), {"width": 128, "scale": 1.0}, "sm90")
 
 
 def test_it_lowers_for_a_gpu_that_need_not_be_there():

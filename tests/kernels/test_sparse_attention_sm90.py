@@ -241,7 +241,6 @@ def reason(*args):
     return str(error.value)
 
 
-@pytest.mark.cpu
 def test_what_it_does_not_take():
     with pretend(KINDS["H100 / H200"]):
         assert api.DECODE.choose(shapes(heads=128, tokens=4), {"scale": 1.0})[0].name == "sm90"
@@ -255,7 +254,11 @@ def test_what_it_does_not_take():
     assert "in two formats" in reason(q, entries, index, plain, index, *rest[1:])
     rest = index, None, *rest
     assert "plain array" in reason(q, entries.body, *rest)
-    with pytest.raises(UnsupportedError, match="is no Hopper GPU"):
+
+
+@pytest.mark.cpu
+def test_a_named_kernel_is_refused_here():
+    with pytest.raises(UnsupportedError, match="cpu is no Hopper GPU"):
         api.DECODE.choose(shapes(), {"scale": 1.0}, "sm90")
 
 

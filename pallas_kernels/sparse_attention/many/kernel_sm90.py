@@ -27,9 +27,9 @@ KB with entries that stream through it (with 50 reloads a block 128 queries took
 Measured on an H200 (4.8 TB/s), 64 heads: 128 queries of 128 + 512 entries 37.6 us, 36 % of the bytes' limit (the kernel
 for few 37.1, FlashMLA 47.5), 256 70.5 (85.9, 89.0), 512 137, 64 of 128 + 8192 191 us, 37 % (189, 246); 128 queries of
 128 heads, 128 + 1024, 107 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few.
-Of 67 000 cycles for ten blocks 11 000 pass until q is there, which all multiprocessors load at once; a scorer then
-takes 10 700 a block: 3400 convert and multiply, 2000 make weights, 1900 look up and ask, some 3000 wait for rows from
-the L2 cache. Both kernels pass some 4000 cycles' worth through the L1 cache and shared memory for a block, and whatever
+Of a scorer's 60 700 cycles for five blocks 17 000 convert and multiply, 9500 look up and ask, 5400 make weights, 6300
+wait for q, the buffer or the reference; the rest, 4400 a block, are logits and rows that have not come. By count, 64
+entries pass 4000 cycles' worth through the L1 cache and shared memory in this kernel and in that for few, and whatever
 moves work from one warpgroup to another ends at 37 to 38 us. Entries that stay FP8 in shared memory took 47 to 50.
 """
 

@@ -15,13 +15,6 @@ if ON_GPU:
     collect_ignore = ["test_mosaic.py", "test_device.py"]  # of the interpreter itself, and of other machines
 
 
-def pytest_collection_modifyitems(items):
-    """Refusals for want of a GPU, and pieces of kernels that only the interpreter evaluates by themselves."""
-    for item in items:
-        if ON_GPU and item.get_closest_marker("cpu"):
-            item.add_marker(pytest.mark.skip(reason="not for a GPU"))
-
-
 @pytest.fixture(autouse=True, scope="package")
 def compile_quickly():
     """Compiled without optimisation: these tests compile a hundred small programs and run each a few times."""

@@ -162,10 +162,12 @@ def test_refusals(change, reason):
         assert call() == "A100 is no Hopper GPU (compute capability 9.0)"
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
+def test_a_named_kernel_is_refused_elsewhere():
     arguments = problem(1, 4, 2, 64, 16, ENTRY, start=(3,), count=(1,))
-    with pytest.raises(UnsupportedError, match="compress cannot run: sm90: cpu is no Hopper GPU"):
+    with (
+        pretend(KINDS["CPU"]),
+        pytest.raises(UnsupportedError, match="compress cannot run: sm90: CPU is no Hopper GPU"),
+    ):
         compress_into(*arguments, norm_eps=EPS, implementation="sm90")
 
 

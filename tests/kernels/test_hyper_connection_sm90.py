@@ -20,7 +20,7 @@ from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, sinkhorn
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import cut, share
 from pallas_kernels.hyper_connection.tiling import TILE, PreTiling, default_tiling
-from pallas_kernels.mosaic import interpreted
+from pallas_kernels.mosaic import interpreted, interpreter
 from pallas_kernels.quant import quantize
 
 HOW = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
@@ -144,11 +144,11 @@ def test_every_token_is_finished_once_and_not_too_early(tokens, width):
     assert sorted(token for token in seen if token < tokens) == list(range(tokens))
 
 
-@pytest.mark.cpu
 @pytest.mark.parametrize(("iterations", "eps"), [(1, 1e-6), (3, 0.3), (20, 0.0)])
 def test_sinkhorn(iterations, eps):
+    """By itself, outside of a kernel: as the interpreter evaluates it, on a GPU too."""
     logits = np.random.default_rng(3).normal(size=(16, 5)).astype(np.float32) * 4
-    with interpreted():
+    with interpreter.interpreted():
         got = jnp.stack(sinkhorn(list(jnp.asarray(logits)), Numbers(iterations, eps, 0.0)), axis=-1)
     want = reference.sinkhorn(jnp.asarray(logits.T.reshape(5, 4, 4)), iterations, eps)
     np.testing.assert_allclose(got.reshape(5, 4, 4), want, rtol=1e-5, atol=1e-12)
@@ -209,9 +209,11 @@ def test_divisions_need_an_eps():
         assert sm90.pre_unsupported(streams, fn, **HOW | {"eps": 0.0}) == "eps is 0.0: it takes 1e-09 and more"
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
-    with pytest.raises(UnsupportedError, match="hyper_connection_pre cannot run: sm90: cpu is no Hopper GPU"):
+def test_a_named_kernel_is_refused_elsewhere():
+    with (
+        pretend(KINDS["CPU"]),
+        pytest.raises(UnsupportedError, match="hyper_connection_pre cannot run: sm90: CPU is no Hopper GPU"),
+    ):
         hyper_connection.pre(streams_of(1, 256), *parameters(256), **HOW, implementation="sm90")
 
 

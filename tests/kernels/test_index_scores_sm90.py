@@ -184,9 +184,11 @@ def test_refused_pages(page):
     assert reason == f"pages of {page} keys: it takes 32, 64, and multiples of 128"
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
-    with pytest.raises(UnsupportedError, match="index_scores cannot run: sm90: cpu is no Hopper GPU"):
+def test_a_named_kernel_is_refused_elsewhere():
+    with (
+        pretend(KINDS["CPU"]),
+        pytest.raises(UnsupportedError, match="index_scores cannot run: sm90: CPU is no Hopper GPU"),
+    ):
         index_scores(*operands(1, 1, 8), implementation="sm90")
 
 

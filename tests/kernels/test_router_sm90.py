@@ -183,9 +183,8 @@ def test_refusals(changed, reason):
         assert sm90.unsupported_reason(x, weight, None, None, **how) == reason
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
-    with pytest.raises(UnsupportedError, match="router cannot run: sm90: cpu is no Hopper GPU"):
+def test_a_named_kernel_is_refused_elsewhere():
+    with pretend(KINDS["CPU"]), pytest.raises(UnsupportedError, match="router cannot run: sm90: CPU is no Hopper GPU"):
         router(
             *inputs(1), None,
             k=2, scoring="sigmoid", normalize=True, scale=1.0, implementation="sm90",

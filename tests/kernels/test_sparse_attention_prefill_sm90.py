@@ -142,9 +142,8 @@ def test_what_it_does_not_take():
     assert "the window of 0 rows" in reason(*shapes(), width=0)
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
-    with pytest.raises(UnsupportedError, match="cpu is no Hopper GPU"):
+def test_a_named_kernel_is_refused_elsewhere():
+    with pretend(KINDS["CPU"]), pytest.raises(UnsupportedError, match="CPU is no Hopper GPU"):
         api.PREFILL.choose(shapes(), {"width": 128, "scale": 1.0}, "sm90")
 
 

@@ -256,9 +256,8 @@ def test_what_it_does_not_take():
     assert "plain array" in reason(q, entries.body, *rest)
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
-    with pytest.raises(UnsupportedError, match="cpu is no Hopper GPU"):
+def test_a_named_kernel_is_refused_elsewhere():
+    with pretend(KINDS["CPU"]), pytest.raises(UnsupportedError, match="CPU is no Hopper GPU"):
         api.DECODE.choose(shapes(), {"scale": 1.0}, "sm90")
 
 

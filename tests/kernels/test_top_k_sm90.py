@@ -128,9 +128,8 @@ def test_refusals(rows, columns, k, dtype, reason):
         assert sm90.unsupported_reason(scores, k, counts) == reason
 
 
-@pytest.mark.cpu
-def test_a_named_kernel_is_refused_here():
-    with pytest.raises(UnsupportedError, match="top_k cannot run: sm90: cpu is no Hopper GPU"):
+def test_a_named_kernel_is_refused_elsewhere():
+    with pretend(KINDS["CPU"]), pytest.raises(UnsupportedError, match="top_k cannot run: sm90: CPU is no Hopper GPU"):
         top_k(jnp.zeros((1, 8)), 2, jnp.array([8]), implementation="sm90")
 
 

@@ -15,8 +15,10 @@ from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import TreatedWeight, dense_array, fitted
 
 FLOAT8 = ("e4m3", "e5m2")
-# With it jax 0.11.2 gives int32 sums on an H100 of which none is right.
-NO_AUTOTUNING = "--xla_gpu_autotune_level=0"
+_TRITON = "--xla_gpu_enable_triton_gemm"
+# What makes XLA take cuBLAS for INT8 products on GPUs. Its own kernels, by Triton, give wrong sums (jax 0.11.2, an
+# H100 and H200s): all of them without autotuning, some with it, as it tries wrong ones besides right ones.
+NO_TRITON = f"{_TRITON}=false"
 
 
 def operands_unsupported_reason(w: Any, activations: QuantFormat | None) -> str | None:
@@ -33,14 +35,21 @@ def _elements_unsupported_reason(x: str, w: str) -> str | None:
     if "e2m1" in (x, w):
         return "XLA's dot takes no e2m1 codes packed two a byte"
     if x == w == "int8":
-        if here.platform == "gpu" and NO_AUTOTUNING in os.environ.get("XLA_FLAGS", ""):
-            return f"XLA's INT8 products are wrong on GPUs with {NO_AUTOTUNING}: take it out of XLA_FLAGS"
+        if here.has_int8 and here.platform == "gpu" and not _by_cublas():
+            return f"XLA's own INT8 products are wrong on GPUs: add {NO_TRITON} to XLA_FLAGS, for those of cuBLAS"
         return None if here.has_int8 else f"{here.name} has no INT8 matrix units that XLA uses"
     if x not in FLOAT8 or w not in FLOAT8:
         return f"no matrix unit multiplies {x} by {w}"
     if not here.has_fp8:
         return f"{here.name} has no FP8 matrix units"
     return "cuBLAS multiplies no e5m2 by e5m2" if x == w == "e5m2" else None
+
+
+def _by_cublas() -> bool:
+    """Whether XLA_FLAGS has NO_TRITON; of several values the last one counts."""
+    flags = (flag.partition("=") for flag in os.environ.get("XLA_FLAGS", "").split())
+    values = [value.lower() for name, _, value in flags if name == _TRITON]
+    return bool(values) and values[-1] in ("false", "0")
 
 
 def one_scale_unsupported_reason(columns: int, w: Any, activations: QuantFormat) -> str | None:

@@ -14,6 +14,7 @@ from dsv4.config import load_config, replace
 from dsv4.config.recipe import RECIPES, find_recipe
 from pallas_kernels.device import KINDS
 from pallas_kernels.dispatch import OPS, Candidate
+from pallas_kernels.products import NO_TRITON
 from pallas_kernels.quant import QuantTensor, TreatedWeight
 
 SMALL = replace(load_config("tiny").model, "layers", "csa:4,hca:8")
@@ -21,6 +22,12 @@ FLASH = load_config("flash").model
 README = Path(__file__).parents[2] / "README.md"
 # What a kernel's layer calls where the layer is a kernel's, which it is nowhere on a CPU.
 WITHIN_KERNELS = {"quantize_rows"}
+
+
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """Tables are those of XLA's defaults."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 def test_doctor_lists_versions_devices_and_ops(dsv4, tmp_path):
@@ -34,10 +41,10 @@ def test_doctor_lists_versions_devices_and_ops(dsv4, tmp_path):
         assert name in result.out and bool(op["prefill"] + op["decode"]) != (name in WITHIN_KERNELS), name
     experts = next(row for row in facts["table"] if row["op"] == "experts")
     assert facts["recipe"] == "int8" and experts["operands"] == "int8_row x int8_row"
-    assert experts["cells"]["A100"] == {
-        "runs": ["scaled_dot"],
-        "refused": ["sm90: A100 is no Hopper GPU (compute capability 9.0)"],
-    }
+    assert experts["cells"]["TPU"]["runs"] == ["scaled_dot"]
+    hopper, xla = experts["cells"]["A100"]["refused"]
+    assert hopper == "sm90: A100 is no Hopper GPU (compute capability 9.0)"
+    assert xla.startswith("scaled_dot: XLA's own INT8 products are wrong on GPUs") and NO_TRITON in xla
     assert "the device has no INT8 matrix units that XLA uses" in result.out
 
 
@@ -97,7 +104,7 @@ EXPECTED = {
     "released": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {"sm90": HOPPER}),
     "fp8": ({"sm90": HOPPER, "block_dot": FP8 - HOPPER}, {"sm90": HOPPER}),
     "fp8_per_channel": ({"sm90": HOPPER, "scaled_dot": FP8 - HOPPER}, {"scaled_dot": FP8}),
-    "int8": ({"scaled_dot": ALL - {"CPU"}}, {"scaled_dot": ALL - {"CPU"}}),
+    "int8": ({"scaled_dot": {"TPU"}}, {"scaled_dot": {"TPU"}}),
 }
 
 
@@ -110,6 +117,12 @@ def test_every_kind_of_device(recipe):
             expected = [name for name, where in fast.items() if device in where] or ["reference"]
             assert list(cell.runs) == expected, (op, device)
             assert cell.refused or cell.runs == ("sm90",), f"{op} on {device}: no reason"
+
+
+def test_int8_runs_on_gpus_where_xla_takes_cublas(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", NO_TRITON)
+    for (op, device), cell in table.__wrapped__("int8").items():
+        assert cell.runs == (("reference",) if device == "CPU" else ("scaled_dot",)), (op, device)
 
 
 def test_reasons_name_the_device_or_what_is_missing():

@@ -198,7 +198,8 @@ def test_auto_takes_the_units_where_there_are_some():
         lowered = jax.jit(functools.partial(matmul, activations=FP8_GROUP)).lower(x, w)
     assert "f8E4M3FN>, tensor" in "".join(line for line in lowered.as_text().splitlines() if "dot_general" in line)
     np.testing.assert_allclose(lowered.compile()(x, w), on_cpu, rtol=1e-5, atol=1e-4)
-    with pytest.raises(UnsupportedError, match="block_matmul cannot run: block_dot: .* has no FP8 matrix units"):
+    refused = pytest.raises(UnsupportedError, match="block_matmul cannot run: block_dot: .* has no FP8 matrix units")
+    with pretend(CPU), refused:
         matmul(jnp.asarray(x), w, activations=FP8_GROUP, implementation="block_dot")
     # A single static scale fits any blocks of the weight.
     static = TreatedWeight(shape_of(FP8_BLOCK, (8, 256)), jax.ShapeDtypeStruct((1, 1), jnp.float32))
@@ -206,9 +207,16 @@ def test_auto_takes_the_units_where_there_are_some():
         assert block_dot.unsupported_reason(x, static, activations=ROW) is None
 
 
-def test_int8_without_autotuning_is_refused(monkeypatch):
-    """XLA's sums were all wrong then."""
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_cpu_foo {products.NO_AUTOTUNING}")
+@pytest.mark.parametrize("flags", ["", "--xla_foo", f"{products.NO_TRITON} --xla_gpu_enable_triton_gemm=true"])
+def test_int8_products_of_xla_itself_are_refused(flags, monkeypatch):
+    """Its sums are wrong on GPUs, those of cuBLAS are right."""
+    w = quantize(jnp.ones((128, 128)), INT8)
+    monkeypatch.setenv("XLA_FLAGS", flags)
     with pretend(H100):
-        reason = products.operands_unsupported_reason(quantize(jnp.ones((128, 128)), INT8), INT8)
-    assert reason is not None and "take it out of XLA_FLAGS" in reason
+        reason = products.operands_unsupported_reason(w, INT8)
+        assert reason is not None and f"add {products.NO_TRITON} to XLA_FLAGS" in reason
+        monkeypatch.setenv("XLA_FLAGS", f"{flags} {products.NO_TRITON}")
+        assert products.operands_unsupported_reason(w, INT8) is None
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    with pretend(KINDS["TPU"]):
+        assert products.operands_unsupported_reason(w, INT8) is None

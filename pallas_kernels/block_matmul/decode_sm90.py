@@ -198,6 +198,8 @@ def few_rows(
                     elif factors_gmem is not None:
                         of_tokens = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
                     y = epilogue(*sums, of_tokens).astype(out_dtype)
+                    if y.dtype == jnp.float32:  # which is not transposed on its way to shared memory
+                        y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     y_smem.at[warpgroup].T[...] = y
                     plgpu.commit_smem()

@@ -232,8 +232,7 @@ def product(x: QuantTensor, w: QuantTensor, out_dtype: DTypeLike, *, batch_invar
 def _tiling(m: int, n: int, k: int, out_dtype: DTypeLike, *, batch_invariant: bool) -> FewRows | ManyRows | None:
     """As measured, with bfloat16 results; for float32 ones, which are not for speed, one that always fits.
 
-    The kernel for few rows writes no float32 on a GPU, and tiles of float32 on their way out take as much more shared
-    memory as one buffer less leaves.
+    Tiles of float32 on their way out take as much more shared memory as one buffer less leaves.
     """
     if out_dtype != jnp.float32:
         return tilings.dense_tiling(m, n, k, batch_invariant=batch_invariant)

@@ -160,8 +160,7 @@ def layer_tiling(
 ) -> LayerTiling | None:
     """By the rows that an expert has on average, as measured; in float32, which is not for speed, one that always fits.
 
-    Tables are of bfloat16. The kernel for few rows writes no float32 on a GPU, and tiles of float32 on their way out
-    take as much more shared memory as one buffer less leaves.
+    Tables are of bfloat16. Tiles of float32 on their way out take as much more shared memory as one buffer less leaves.
     """
     if dtype != jnp.float32:
         return tilings.layer_tiling(tokens, top, experts, d, i, mxfp4=mxfp4, batch_invariant=batch_invariant)

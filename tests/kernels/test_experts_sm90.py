@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.kernel_sm90 import COMPARED, experts, lay_out
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize, round_trip
 from pallas_kernels.router import Routing
+from tests.kernels.sums import ON_GPU
 
 E, D, I = 5, 256, 128  # noqa: E741
 
@@ -74,7 +75,7 @@ def test_the_layer_is_its_reference(rows, tilings, chosen):
     rms = np.sqrt(np.mean(want**2))
     # A last bit of bfloat16 in a hidden row may choose another FP8 code; it does so in few of them.
     assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-2 * rms
-    assert np.median(np.abs(got - want)) <= 3e-3 * rms
+    assert np.median(np.abs(got - want)) <= (1e-2 if ON_GPU else 3e-3) * rms
 
 
 def test_rows_are_gathered_by_a_kernel(monkeypatch):

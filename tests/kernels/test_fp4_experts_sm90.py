@@ -22,6 +22,7 @@ from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize, round_trip
 from pallas_kernels.router import Routing
+from tests.kernels.sums import check
 
 RANDOM = np.random.default_rng(0)
 FLOAT_GROUP = QuantFormat("e4m3", (1, 128), "float32", floor=1e-4)
@@ -52,15 +53,6 @@ def of_one_expert(x, x_scale, w, w_scale, tiling, rows=None, out_dtype=jnp.float
     rows = rows or len(x)
     how = {"rows": rows, "out_dtype": out_dtype, "row_blocks": row_blocks([0] * (len(x) // rows))}
     return expert_rows(*arranged(x, x_scale.T, rows), [(w[None], w_scale[None])], tiling, **how)
-
-
-def check(y, want, out_dtype=jnp.bfloat16):
-    """The one tolerance for matmuls with bfloat16 results; float32 ones are summed in another order only."""
-    error, want = np.abs(np.asarray(y, np.float64) - want), np.abs(want)
-    rms = np.sqrt(np.mean(want**2))
-    bound = 2.0**-8 if out_dtype == jnp.bfloat16 else 2.0**-18
-    assert np.sqrt(np.mean(error**2)) <= 3e-3 * rms
-    assert (error <= bound * (want + rms)).all()
 
 
 def gated(gate, up, factor):
@@ -94,7 +86,7 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
             *arranged(values, scale_bytes(x.scale), rows), [stored(gate), stored(up)], tiling, rows=rows,
             out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
         )  # fmt: skip
-        y = np.asarray(y, np.float64)
+        y = np.asarray(y)
     of_row = expert.repeat(rows)
     gate, up = (np.einsum("mk,mnk->nm", exact(x), exact(w)[of_row]).astype(np.float32) for w in (gate, up))
     want = np.asarray(gated(gate, up, jnp.asarray(factors))).T

@@ -18,6 +18,7 @@ from pallas_kernels.index_scores.tiling import FP4_STAGES, MOST_STAGES, default_
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import Pages, Rows, as_cached, decode_rows, encode_rows, paged, quantize
 from pallas_kernels.row_format import entry_format, index_format
+from tests.kernels.sums import ON_GPU
 
 FP8 = index_format("fp8")
 HEADS, WIDTH = 8, 64
@@ -46,19 +47,24 @@ def run_kernel(*args):
 def expected(q, keys, weights):
     q, keys = (np.asarray(decode_rows(x, jnp.float32), np.float64) for x in (q, keys))
     products = np.maximum(np.einsum("bthk,bck->bthc", q, keys), 0)
-    weighted = products * np.asarray(weights, np.float64)[..., None]
-    return weighted.sum(axis=2), np.abs(weighted).sum(axis=2)
+    weights = np.asarray(weights, np.float64)[..., None]
+    size = np.einsum("bthk,bck->bthc", np.abs(q), np.abs(keys)) if ON_GPU else products
+    return (products * weights).sum(axis=2), np.abs(size * weights).sum(axis=2)
 
 
 def assert_scored(got, q, keys, weights, counts):
-    """Float32 sums of at most 128 x heads exact products: an error of one part in 10^5 of what was added."""
+    """Float32 sums of at most 128 x heads exact products: an error of one part in 10^5 of what was added.
+
+    On a GPU products of codes are added in 14 bits: one part in 2^11 of what was added there.
+    """
     want, size = expected(q, keys, weights)
     entries = keys.shape[1]
     assert got.dtype == np.float32 and got.shape[:2] == want.shape[:2] and got.shape[2] >= entries
     wanted = np.arange(entries) < np.asarray(counts)[..., None]
     assert np.isfinite(got[..., :entries][wanted]).all()
-    error = np.abs(got[..., :entries] - want) / np.maximum(size, 1e-30)
-    assert np.max(error, where=wanted, initial=0) < 1e-5
+    with np.errstate(invalid="ignore"):  # of what is not wanted, which may be anything
+        error = np.abs(got[..., :entries] - want) / np.maximum(size, 1e-30)
+    assert np.max(error, where=wanted, initial=0) < (2.0**-11 if ON_GPU else 1e-5)
 
 
 def hide(pages: Pages, counts) -> Pages:

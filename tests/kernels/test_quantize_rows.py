@@ -84,13 +84,12 @@ def run_kernel(function, *args, **kwargs):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_the_reference_is_quantize(form, dtype):
-    x = hostile(7, 256, dtype)
-    same_tensor(quantize_rows(x, FORMS[form]), quantize(x, FORMS[form]))
-    normed = rms_norm(x, jnp.linspace(0, 2, 256, dtype=dtype), EPS)
-    same_tensor(
-        rms_norm_quantize_rows(x, jnp.linspace(0, 2, 256, dtype=dtype), EPS, FORMS[form]), quantize(normed, FORMS[form])
-    )
-    padded = quantize_rows(x, FORMS[form], padded_rows=16, tokens_last=True)
+    x, weight = hostile(7, 256, dtype), jnp.linspace(0, 2, 256, dtype=dtype)
+    how = {"implementation": "reference"}
+    same_tensor(quantize_rows(x, FORMS[form], **how), quantize(x, FORMS[form]))
+    normed = rms_norm(x, weight, EPS)
+    same_tensor(rms_norm_quantize_rows(x, weight, EPS, FORMS[form], **how), quantize(normed, FORMS[form]))
+    padded = quantize_rows(x, FORMS[form], padded_rows=16, tokens_last=True, **how)
     same_tensor(padded, quantize(jnp.pad(x, ((0, 9), (0, 0))), FORMS[form]))
 
 

@@ -49,7 +49,8 @@ def test_it_is_asked_for():
         assert (compiler_params().profile_dir, compiler_params().profile_space) == ("/somewhere", 5)
 
 
-def test_without_a_gpu_nothing_is_run(tmp_path, capsys):
+def test_without_a_gpu_nothing_is_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert main(["sparse_attention", "--only", "b=128", "--to", str(tmp_path / "new")]) == 0
     assert "was not run" in capsys.readouterr().out and not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):

@@ -1,11 +1,12 @@
 """Runs every kernel on small shapes and checks it: what to run under compute-sanitizer, which slows everything down.
 
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # else every access lies in one allocation
-export XLA_FLAGS=--xla_gpu_autotune_level=0
-compute-sanitizer --show-backtrace no --tool memcheck python -m pallas_kernels.bench.sanitize [OP]
+export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer= --xla_gpu_force_compilation_parallelism=1"
+compute-sanitizer --show-backtrace no --tool memcheck python -m pallas_kernels.bench.sanitize [OP [CASE]]
 compute-sanitizer --show-backtrace no --tool racecheck --kernel-name kns=mosaic python -m pallas_kernels.bench.sanitize
 
-OP: the kernels of one op alone. The tool dies of its own accord now and then, with status 139: run it again.
+OP: the kernels of one op alone. CASE: of them, the cases whose names begin like that. Without these flags, or with many
+cases in one process, the tool dies of its own accord, with status 139.
 """
 
 from __future__ import annotations
@@ -64,17 +65,17 @@ def cases() -> Iterator[Bench]:
     yield router.bench(RouterCase("m=5", 5, 128, 512, 4))
 
 
-def main(op: str | None = None) -> int:
+def main(op: str | None = None, name: str = "") -> int:
     failed = 0
     for case in cases():
-        if op not in (None, case.op):
+        if op not in (None, case.op) or not case.name.startswith(name):
             continue
         sets = case.sets(1)[0]
         want = case.reference(sets)
-        for name, run in itertools.islice(case.ours.items(), MOST):
+        for variant, run in itertools.islice(case.ours.items(), MOST):
             wrong = case.wrong(jax.jit(run)(sets), want)
             failed += wrong is not None
-            print(f"{case.op} {case.name} {name}: {wrong or 'right'}", flush=True)
+            print(f"{case.op} {case.name} {variant}: {wrong or 'right'}", flush=True)
     return int(failed > 0)
 
 

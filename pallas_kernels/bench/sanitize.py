@@ -28,6 +28,7 @@ from pallas_kernels.bench import (
     quantize_rows,
     router,
     sparse_attention,
+    sparse_attention_prefill,
     top_k,
     weight_only,
 )
@@ -41,6 +42,7 @@ from pallas_kernels.index_scores.cases import ScoreCase
 from pallas_kernels.quantize_rows.cases import RowsCase
 from pallas_kernels.router.cases import RouterCase
 from pallas_kernels.sparse_attention.cases import DecodeCase
+from pallas_kernels.sparse_attention.prefill_cases import PrefillCase
 from pallas_kernels.top_k.cases import TopKCase
 
 MOST = 3  # tilings of a case
@@ -52,6 +54,8 @@ def cases() -> Iterator[Bench]:
     yield grouped_matmul.bench(GroupedCase("few rows", 3, 512, 512, (8,), experts=3, hit=2))
     yield grouped_matmul.bench(GroupedCase("many rows", 130, 256, 512, (128,), 2, experts=3, hit=2))
     yield expert_layer.bench(LayerCase("layer", 5, 512, 512, 4, 2))
+    yield expert_layer.bench(LayerCase("layer of many rows", 200, 512, 512, 3, 2))
+    yield expert_layer.bench(LayerCase("mxfp4 layer", 5, 512, 512, 4, 2, mxfp4=True))
     yield mxfp4.bench(GroupedCase("mxfp4", 3, 256, 512, (8,), experts=3, hit=3))
     yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))
     yield index_scores.bench(ScoreCase("scores", 3, 2, 200, 8, 64))
@@ -59,6 +63,7 @@ def cases() -> Iterator[Bench]:
     yield from map(compress.bench, SMALL)
     for batch, window in ((3, 30), (3, 300), (40, 300)):  # the kernel for few, whole and divided, and that for many
         yield sparse_attention.bench(DecodeCase(f"attention {batch} x 2, {window} + 70", 64, batch, 2, 70, window))
+    yield sparse_attention_prefill.bench(PrefillCase("prefill", 5, 70, 20))
     yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))
     yield hyper_connection.bench_pre(HyperCase("m=5", 5, 1024), FP8_GROUP)
     yield hyper_connection.bench_post(HyperCase("m=5", 5, 512))

@@ -50,7 +50,10 @@ def matmul(
     fewer channels than a tile, a tile is the whole row. codes: `quantize(x)`, [rows, I], where it is known already: it
     is not made again if its format is `activations`, and changes nothing. batch_invariant: the bits of a row depend on
     it and on w alone, neither on the other rows nor on their number; implementations that cannot promise it refuse.
+    Raises ValueError where x and w do not fit.
     """
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} channels, w takes {w.shape[-1]}: shapes {x.shape} and {tuple(w.shape)}")
     how: dict[str, Any] = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
     return MATMUL(x, shown(x, w), codes=codes, **how, implementation=implementation)
 

@@ -23,7 +23,7 @@ FLASH = {
     "gate_up": (4096, 4096),
     "down": (4096, 2048),
 }
-# Of the model that is shipped. A K of 64 is half a scale block: no kernel takes it.
+# Of the model that is shipped. A K of 64 is half a scale block: the op fills it up.
 SMALL = {
     "wq_a": (128, 256),
     "wq_b": (512, 128),

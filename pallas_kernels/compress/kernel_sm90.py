@@ -19,9 +19,8 @@ parts are pooled by thread blocks of their own, in a launch before. The rings ar
 overwrite what other thread blocks read.
 
 Bound: 16 T w bytes a sequence (float32 rows of w in, and out), and 8 w bytes a row of an entry that closes; in practice
-the latency of launch and of two dependent loads. On an H100, whole calls, in brackets XLA's: ratio 4, one sequence
-4.1 us (18.3), 128 6.8 (23.9), a chunk of 2048 tokens 19.7 (34.9). Ratio 128, one 12.7 (21.0), 128 29.7 (106, the bound
-is 20.3), the chunk 28.3 (23.7): an entry's rows are one warpgroup's work, and 16 entries do not fill the GPU.
+the latency of launch and of two dependent loads. On an H200, in brackets XLA's: ratio 4, one sequence 3.6 us (18.0),
+128 6.1 (22.9), a chunk of 2048 tokens 13.1 (28.5); ratio 128, the chunk 11.7 (20.2). Of the limit 0, 20, 27 and 16 %.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -3,7 +3,8 @@
 y[n] = sum_j rows[place[n, j]], in float32 and in the order of the token's experts. XLA gathers element by element. A
 thread block is one warpgroup and has a part of one token: it loads that part of all rows at once, 16 bytes a thread.
 
-Bound: (k + 1) N D values / 3.35 TB/s, and the latency of a launch and of two dependent loads.
+Bound: (k + 1) N D values / 3.35 TB/s, and the latency of a launch and of two dependent loads. Measured within
+whole layers alone, see kernel_sm90.py.
 """
 
 # Pallas decorators turn functions into values: the checker cannot follow.

@@ -5,6 +5,10 @@ writes where no other does, and no expert that was not hit is read. Of FP8 weigh
 block_matmul's decode kernel, many on its tiled one; of MXFP4 weights, all on fp4_sm90.py. The routing weight multiplies
 before the second projection, whose input is rounded to 1x128 FP8 again; its rows are summed per token in float32, in
 the order of the token's experts.
+
+Bound: the weights of the experts that are hit, or their FLOPs. On an H200, 256 experts [2048, 4096], six a token, 1 /
+16 / 128 / 4096 tokens: 48 / 496 / 1484 / 2101 us, 65 / 85 / 86 / 65 % of the bytes' limit, 0.98 to 1.14 of its two
+products alone.
 """
 
 from __future__ import annotations

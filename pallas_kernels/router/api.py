@@ -30,8 +30,15 @@ def router(
 
     scoring: sqrtsoftplus, sigmoid or softmax of x @ weight.T. bias: added for the choice only, not to the weights.
     experts: given (hash routing) or None (the k best by score + bias; ties to the lower expert). normalize: divide
-    the chosen scores by their sum (never with softmax). scale: multiplies the weights at the end.
+    the chosen scores by their sum (never with softmax). scale: multiplies the weights at the end. Raises ValueError
+    where shapes do not fit.
     """
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(f"weight has shape {weight.shape}: x has {x.shape[1]} channels")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {bias.shape}: there are {weight.shape[0]} experts")
+    if experts is not None and experts.shape != (x.shape[0], k):
+        raise ValueError(f"experts have shape {experts.shape}: {k} of each of {x.shape[0]} tokens")
     return ROUTER(
         x, weight, bias, experts, k=k, scoring=scoring, normalize=normalize, scale=scale, implementation=implementation
     )

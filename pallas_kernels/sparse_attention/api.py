@@ -14,6 +14,7 @@ from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.quant import Pages, Rows
 from pallas_kernels.rotary import Rotation
 from pallas_kernels.sparse_attention import prefill_blocks, prefill_sm90, reference, sm90
+from pallas_kernels.sparse_attention.shapes import require_alike
 from pallas_kernels.typing import typed
 
 DECODE = Op(
@@ -48,13 +49,18 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
     """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
 
-    compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, what it names
+    compressed_index None selects the first `compressed_count` entries of `compressed` (both None: ValueError, as where
+    shapes do not fit); with an index, what it names
     beyond the count is not read either, and may be anything. An entry that is named twice counts twice. Entries are
     keys and values at once; quantised ones (Rows, Pages) are dequantised as they are read. Returns the output in q's
     dtype and the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
     rotation, cosines and sines [B, T, half]: the last channels of each token's output are turned by it, before they
     are rounded to q's dtype. With the inverse of the token's own rotation this undoes what rotated values carry.
     """
+    named = {
+        "window_index": window_index, "compressed_index": compressed_index, "compressed_count": compressed_count,
+    }  # fmt: skip
+    require_alike(q, {"window": window, "compressed": compressed}, named, sink)
     return DECODE(
         q, window, window_index, compressed, compressed_index, compressed_count, sink,
         scale=scale, rotation=rotation, implementation=implementation,
@@ -81,6 +87,8 @@ def sparse_attention_prefill(
     rows of positions below 0 are not read. The entries that a query names are distinct. The rest is as in
     `sparse_attention`.
     """
+    named = {"compressed_index": compressed_index, "compressed_count": compressed_count}
+    require_alike(q, {"band": band, "compressed": compressed}, named, sink)
     return PREFILL(
         q, band, start, compressed, compressed_index, compressed_count, sink,
         width=width, scale=scale, implementation=implementation,

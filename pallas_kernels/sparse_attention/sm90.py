@@ -42,7 +42,7 @@ def unsupported_reason(
     rotation: Rotation | None = None,
 ) -> str | None:
     """Why the kernel does not take this call, None if it does."""
-    del compressed_index, compressed_count, sink, scale, rotation
+    del sink, scale, rotation
     if reason := device_reason():
         return reason
     _, tokens, heads, width = q.shape
@@ -52,6 +52,9 @@ def unsupported_reason(
         return f"{heads} heads of {width} channels: it takes one or more of at most {WIDTH}"
     if not 0 < tokens <= MOST_QUERIES or q.shape[0] == 0:
         return f"q of shape {q.shape}: it takes 1 to {MOST_QUERIES} queries of a sequence"
+    for index in (window_index, compressed_index, compressed_count):
+        if index is not None and index.dtype != jnp.int32:
+            return f"entries are numbered in {index.dtype}: it takes int32"
     if window_index.shape[-1] == 0 and compressed is None:
         return "there are no entries"
     formats = set()

@@ -60,10 +60,11 @@ def test_rows_are_laid_out_in_blocks_of_one_expert(tokens, rows):
         (8, (FewRows(2, 2, 2), FewRows(1, 2, 2)), [[1, 4]]),
         (8, (FewRows(1, 3, 1), FewRows(1, 3, 4, 104)), [[0, 2], [2, 3], [2, 0], [3, 2]]),
         (16, (FewRows(2, 2, 1), FewRows(1, 2, 2)), [[3, 1]] * 17),
+        (8, (FewRows(1, 3, 1), FewRows(1, 2, 2)), [[2]] * 19),
         (128, (ManyRows(128, 128, 2, "rows"),) * 2, [[0, 1], [4, 1], [1, 3]] * 50),
         (128, (ManyRows(128, 128, 2, "rows"),) * 2, [[4, 1]]),
     ],
-    ids=["one token", "few", "all rows to two experts", "many", "one token in a large block"],
+    ids=["one token", "few", "all rows to two experts", "all rows to one", "many", "one token in a large block"],
 )
 def test_the_layer_is_its_reference(rows, tilings, chosen):
     routing = routing_of(chosen)

@@ -82,7 +82,7 @@ def test_warpgroups_that_share_a_row(tile, columns):
     check(scores_of("ties", 1, columns), 200, [columns - 3], tile, warpgroups=2)
 
 
-@pytest.mark.parametrize(("k", "columns"), [(1, 1), (128, 128), (300, 300), (257, 2049)])
+@pytest.mark.parametrize(("k", "columns"), [(1, 1), (128, 128), (300, 300), (257, 2049), (2048, 4096)])
 def test_sizes(k, columns):
     check(scores_of("ties", 1, columns), k, [columns], tile=1)
 

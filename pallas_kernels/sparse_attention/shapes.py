@@ -1,0 +1,51 @@
+"""What the operands of sparse attention must agree in: kernels read by address, and would read something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pallas_kernels.quant import Pages, Rows
+
+
+def require_alike(
+    q: jax.Array,
+    entries: Mapping[str, Any],
+    named: Mapping[str, jax.Array | None],
+    sink: jax.Array | None,
+) -> None:
+    """Raises ValueError, naming the operand, where it does not fit q [B, T, H, K].
+
+    entries: by name, [B, S, K] or pages of B sequences; None is left out. named: indices [B, T, n], counts [B, T].
+    """
+    batch, tokens, heads, width = q.shape
+    for name, x in entries.items():
+        if x is None:
+            continue
+        found, sequences = _width(x), _sequences(x)
+        if found != width:
+            raise ValueError(f"{name} entries have {found} channels, q has {width}: both are keys of one width")
+        if sequences not in (None, batch):
+            raise ValueError(f"{name} entries are of {sequences} sequences, q is of {batch}: one of each")
+    for name, x in named.items():
+        if x is None:
+            continue
+        if x.shape[:2] != (batch, tokens):
+            raise ValueError(f"{name} has shape {x.shape}: it begins with q's batch and tokens, {(batch, tokens)}")
+    if sink is not None and sink.shape != (heads,):
+        raise ValueError(f"sink has shape {sink.shape}: it has one value for each of q's {heads} heads")
+    if entries["compressed"] is not None and named["compressed_index"] is None and named["compressed_count"] is None:
+        raise ValueError("compressed entries have neither index nor count: give one, or both")
+
+
+def _width(entries: Any) -> int:
+    return entries.width if isinstance(entries, Pages | Rows) else entries.shape[-1]
+
+
+def _sequences(entries: Any) -> int | None:
+    """None where pages are one sequence's, or nobody's."""
+    if isinstance(entries, Pages):
+        return None if entries.table is None else entries.table.shape[0]
+    return entries.shape[0]

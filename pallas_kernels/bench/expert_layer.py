@@ -1,8 +1,10 @@
-"""Benchmark of a whole layer of experts behind its router: gather, gate and up, SwiGLU, quantise, down, combine."""
+"""Benchmark of a whole layer of experts: gather, gate and up, SwiGLU, quantise, down, combine; and with its router."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from pallas_kernels.grouped_matmul.tilings import (
     layer_tiling,
 )
 from pallas_kernels.quant import FP8_GROUP, dequantize, round_trip
-from pallas_kernels.router import Routing
+from pallas_kernels.router import Routing, router
 from pallas_kernels.swiglu import swiglu
 
 CHECKED = 2  # tokens whose results are checked
@@ -58,6 +60,41 @@ def bench(case: LayerCase) -> Bench:
         flops=2 * m * each,
         shape={"tokens": case.tokens, "top": case.top, "experts": case.experts, "d": case.d, "i": case.i},
     )
+
+
+def routed(case: LayerCase) -> Bench:
+    """The layer as it is timed, with its router in front: scores of a random matrix, the `top` best of each token."""
+    plain = bench(case)
+    ours = {name: plain.ours[name] for name in [plain.usual] if name is not None}
+    return dataclasses.replace(
+        plain,
+        name=f"routed {case.name}",
+        inputs=functools.partial(routed_inputs, case),
+        ours={name: _behind_router(case.top, "auto", run) for name, run in ours.items()},
+        choices={},
+        xla={name: _behind_router(case.top, "reference", run) for name, run in plain.xla.items()},
+        reference=_behind_router(case.top, "reference", plain.reference),
+        nbytes=plain.nbytes + 4 * case.experts * case.d,
+        flops=plain.flops + 2 * case.tokens * case.experts * case.d,
+    )
+
+
+def _behind_router(top: int, implementation: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @jax.jit
+    def both(sets: Any) -> Any:
+        (x, matrix), weights = sets
+        how = {"k": top, "scoring": "sqrtsoftplus", "normalize": True, "scale": 1.0}
+        routing = router(x, matrix, None, None, **how, implementation=implementation)
+        return run(((x, routing), weights))
+
+    return both
+
+
+def routed_inputs(case: LayerCase, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x bfloat16 [N, D] and the router's matrix, float32 [E, D]."""
+    of_x, of_matrix = jax.random.split(key)
+    x = jax.random.normal(of_x, (case.tokens, case.d), jnp.bfloat16)
+    return x, jax.random.normal(of_matrix, (case.experts, case.d)) * case.d**-0.5
 
 
 def _name(tiling: LayerTiling) -> str:

@@ -48,6 +48,7 @@ class Rows(NamedTuple):
 def benches() -> Iterator[Bench]:
     yield from map(bench, BENCH)
     yield from map(expert_layer.bench, LAYERS)
+    yield from map(expert_layer.routed, LAYERS)
 
 
 def bench(case: GroupedCase) -> Bench:

@@ -23,6 +23,7 @@ from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.block_matmul.tilings import Problem
 from pallas_kernels.grouped_matmul.cases import GroupedCase, LayerCase
 from pallas_kernels.mosaic import interpreted
+from pallas_kernels.router import router
 
 
 def bench(*arguments):
@@ -113,6 +114,18 @@ def test_a_layer_computes_what_it_says():
     assert case.wrong(case.xla["reference"](sets), want) is None
     assert "relative error" in case.wrong(1.1 * case.xla["reference"](sets), want)
     assert case.nbytes == round(6 * (1 - (4 / 6) ** 5) * 3 * 256 * 128) + 4 * 5 * 256
+
+
+def test_a_layer_with_its_router():
+    """What it computes is the layer's, of the experts that the router chooses."""
+    case = LayerCase("small", 5, 256, 128, 6, 2)
+    plain, routed = expert_layer.bench(case), expert_layer.routed(case)
+    (x, matrix), weights = sets = routed.sets(1)[0]
+    routing = router(x, matrix, None, None, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.0)
+    want = plain.xla["reference"](((x, routing), weights))
+    assert routed.wrong(want, routed.reference(sets)) is None
+    assert routed.wrong(routed.xla["reference"](sets), routed.reference(sets)) is None
+    assert list(routed.ours) == [plain.usual] and routed.nbytes == plain.nbytes + 4 * 6 * 256
 
 
 def test_weights_of_random_bytes_look_like_quantised_ones():

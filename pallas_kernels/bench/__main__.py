@@ -38,6 +38,7 @@ OPS = (
     "mxfp4",
     "quantize_rows",
     "weight_only",
+    "one_scale",
     "batch_invariant",
     "sparse_attention",
     "sparse_attention_prefill",

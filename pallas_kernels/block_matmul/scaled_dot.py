@@ -45,10 +45,10 @@ def matmul(
     batch_invariant: bool = False,
 ) -> jax.Array:
     assert not batch_invariant, "unsupported_reason refuses it"
-    return multiply(_dot, x, w, activations, codes, out_dtype)
+    return multiply(product, x, w, activations, codes, out_dtype)
 
 
-def _dot(x: QuantTensor, w: QuantTensor) -> jax.Array:
+def product(x: QuantTensor, w: QuantTensor) -> jax.Array:
     contract_last = (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(x.values, w.values, contract_last, **asked_of_dot(x.values))
     # x [rows or 1, 1], w [O or 1, 1]

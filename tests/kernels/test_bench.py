@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, measure, results, turns
+from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, measure, one_scale, results, turns
 from pallas_kernels.bench.case import Bench, Choice, disagreement
 from pallas_kernels.bench.operands import weights_of
 from pallas_kernels.bench.timing import input_sets, timed_calls
@@ -126,6 +126,17 @@ def test_a_layer_with_its_router():
     assert routed.wrong(want, routed.reference(sets)) is None
     assert routed.wrong(routed.xla["reference"](sets), routed.reference(sets)) is None
     assert list(routed.ours) == [plain.usual] and routed.nbytes == plain.nbytes + 4 * 6 * 256
+
+
+@pytest.mark.parametrize("formats", one_scale.FORMATS, ids=" x ".join)
+def test_products_with_one_scale(formats):
+    case = one_scale.bench(one_scale.OneScaleCase(8, 128, 256, *formats))
+    sets = case.sets(1)[0]
+    with interpreted():
+        got = jax.block_until_ready(case.ours[case.usual](sets))
+    want = case.reference(sets)
+    assert case.wrong(got, want) is None and case.wrong(case.xla["dequantised bf16"](sets), want) is None
+    assert "relative error" in case.wrong(1.1 * got, want) and case.nbytes == 128 * 256 + 8 * 256 + 2 * 8 * 128
 
 
 def test_weights_of_random_bytes_look_like_quantised_ones():

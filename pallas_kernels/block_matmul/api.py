@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -52,10 +53,14 @@ def matmul(
     it and on w alone, neither on the other rows nor on their number; implementations that cannot promise it refuse.
     Raises ValueError where x and w do not fit.
     """
-    if x.shape[-1] != w.shape[-1]:
-        raise ValueError(f"x has {x.shape[-1]} channels, w takes {w.shape[-1]}: shapes {x.shape} and {tuple(w.shape)}")
+    _require_channels(x, w)
     how: dict[str, Any] = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
     return MATMUL(x, shown(x, w), codes=codes, **how, implementation=implementation)
+
+
+def _require_channels(x: jax.Array, w: Any) -> None:
+    if x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} channels, w takes {w.shape[-1]}: shapes {x.shape} and {tuple(w.shape)}")
 
 
 @typed
@@ -68,6 +73,9 @@ def block_diagonal_matmul(
 ) -> Float[Array, "*rows GO"]:
     """Group g of x times rows g*O..(g+1)*O-1 of w, concatenated: the grouped output projection `wo_a`.
 
-    Its input is never quantised, in the released code and here. batch_invariant: as in `matmul`.
+    Its input is never quantised, in the released code and here. batch_invariant, and ValueError: as in `matmul`.
     """
+    _require_channels(x, w)
+    if w.shape[0] % x.shape[-2]:
+        raise ValueError(f"w has {w.shape[0]} rows for the {x.shape[-2]} groups of x: a multiple")
     return BLOCK_DIAGONAL(x, shown(x, w), batch_invariant=batch_invariant, implementation=implementation)

@@ -13,8 +13,8 @@ Persistent thread blocks take `warpgroups` x 64 rows of every weight:
 
 Where there are few tiles, the thread blocks of a cluster share out K (split_k.py). A token's sum is the same whatever
 other tokens are present: the tiling decides the order of its terms, and there are no atomics.
-Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latency. For 256
-experts of 3 rows and [4096, 4096] an H100 measured 2.95 TB/s, 88 %, an H200 4.29, 89 %.
+Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latency. For 256 experts of 3 rows and
+[4096, 4096] an H100 measured 2.95 TB/s, 88 %, an H200 4.29, 89 %.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -42,8 +42,13 @@ def experts(
 
     The routing weight multiplies before the second projection, so that a kernel can quantise its result. limit: of the
     SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights. batch_invariant: the bits
-    of a token depend neither on the others nor on their number; implementations that cannot promise it refuse.
+    of a token depend neither on the others nor on their number; implementations that cannot promise it refuse. Raises
+    ValueError where shapes do not fit.
     """
+    count, inner, channels = w1.shape
+    if x.shape[-1] != channels or tuple(w3.shape) != tuple(w1.shape) or tuple(w2.shape) != (count, channels, inner):
+        shapes = ", ".join(str(tuple(each.shape)) for each in (x, w1, w3, w2))
+        raise ValueError(f"x, w1, w3 and w2 have shapes {shapes}: they do not fit [N, D], [E, I, D] twice, [E, D, I]")
     # What w2 sees exists only within the layer: the reference shows it.
     w1, w3 = shown(x, w1), shown(x, w3)
     how: dict[str, Any] = {"limit": limit, "activations": activations, "batch_invariant": batch_invariant}

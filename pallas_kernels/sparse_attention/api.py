@@ -49,11 +49,11 @@ def sparse_attention(
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H"]]:
     """Decode form: T (1 to a few) queries a sequence, entries named by index, -1 for none.
 
-    compressed_index None selects the first `compressed_count` entries of `compressed` (both None: ValueError, as where
-    shapes do not fit); with an index, what it names
+    compressed_index None selects the first `compressed_count` entries of `compressed`; with an index, what it names
     beyond the count is not read either, and may be anything. An entry that is named twice counts twice. Entries are
     keys and values at once; quantised ones (Rows, Pages) are dequantised as they are read. Returns the output in q's
     dtype and the float32 log-sum-exp. No entry at all: output 0 and lse -inf; sink +inf: output 0; sink None: no sink.
+    Raises ValueError where shapes do not fit, and for compressed entries with neither index nor count.
     rotation, cosines and sines [B, T, half]: the last channels of each token's output are turned by it, before they
     are rounded to q's dtype. With the inverse of the token's own rotation this undoes what rotated values carry.
     """
@@ -89,6 +89,8 @@ def sparse_attention_prefill(
     """
     named = {"compressed_index": compressed_index, "compressed_count": compressed_count}
     require_alike(q, {"band": band, "compressed": compressed}, named, sink)
+    if start.shape != q.shape[:1]:
+        raise ValueError(f"start has shape {start.shape}: it has one position for each of {q.shape[0]} sequences")
     return PREFILL(
         q, band, start, compressed, compressed_index, compressed_count, sink,
         width=width, scale=scale, implementation=implementation,

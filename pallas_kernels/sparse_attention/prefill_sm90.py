@@ -38,8 +38,8 @@ def unsupported_reason(
     scale: float,
 ) -> str | None:
     """Why the kernel does not take this call, None if it does."""
-    del start, compressed_index, compressed_count, sink, scale
-    if reason := device_reason():
+    del start, sink, scale
+    if reason := device_reason() or sm90.numbers_reason(compressed_index, compressed_count):
         return reason
     heads, channels = q.shape[2:]
     if q.dtype != jnp.bfloat16 or band.dtype != jnp.bfloat16:

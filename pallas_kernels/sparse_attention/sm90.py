@@ -52,9 +52,8 @@ def unsupported_reason(
         return f"{heads} heads of {width} channels: it takes one or more of at most {WIDTH}"
     if not 0 < tokens <= MOST_QUERIES or q.shape[0] == 0:
         return f"q of shape {q.shape}: it takes 1 to {MOST_QUERIES} queries of a sequence"
-    for index in (window_index, compressed_index, compressed_count):
-        if index is not None and index.dtype != jnp.int32:
-            return f"entries are numbered in {index.dtype}: it takes int32"
+    if reason := numbers_reason(window_index, compressed_index, compressed_count):
+        return reason
     if window_index.shape[-1] == 0 and compressed is None:
         return "there are no entries"
     formats = set()
@@ -64,6 +63,12 @@ def unsupported_reason(
                 return f"{name} entries {reason}"
             formats.add(entries.format)
     return f"entries are stored in two formats: {formats}" if len(formats) > 1 else None
+
+
+def numbers_reason(*numbers: jax.Array | None) -> str | None:
+    """Why the kernel does not take these indices and counts of entries, None if it does."""
+    types = {x.dtype for x in numbers if x is not None} - {jnp.dtype(jnp.int32)}
+    return f"entries are numbered in {', '.join(map(str, types))}: it takes int32" if types else None
 
 
 def _entries_reason(entries: Any) -> str | None:

@@ -8,8 +8,8 @@ import pytest
 
 from pallas_kernels import mosaic
 from pallas_kernels.products import NO_TRITON
+from tests.kernels.sums import ON_GPU
 
-ON_GPU = os.environ["JAX_PLATFORMS"].startswith("cuda")
 if ON_GPU:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the device
     # References are to round where they say so, and nowhere else: neither less, nor operands to TF32.

@@ -116,10 +116,19 @@ def inputs(case: LayerCase, key: jax.Array) -> tuple[jax.Array, Routing]:
     scores = jax.random.uniform(of_experts, (case.tokens, case.experts))
     chosen = jax.lax.top_k(scores, case.top)[1]
     factors = jax.random.uniform(of_weights, chosen.shape, minval=0.1)
+    return x, routed_to(chosen, factors / jnp.sum(factors, 1, keepdims=True), scores)
+
+
+def routed_to(chosen: jax.Array, weights: jax.Array, scores: jax.Array) -> Routing:
+    """Of tokens whose experts [N, k] are chosen, with their weights, by scores [N, E]."""
     flat = chosen.reshape(-1)
-    counts = jnp.zeros(case.experts, jnp.int32).at[flat].add(1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    return x, Routing(chosen, factors / jnp.sum(factors, 1, keepdims=True), scores, counts, order)
+    counts = jnp.zeros(scores.shape[1], jnp.int32).at[flat].add(1)
+    return Routing(chosen, weights, scores, counts, jnp.argsort(flat, stable=True).astype(jnp.int32))
+
+
+def first_of(routing: Routing, tokens: int) -> Routing:
+    """The routing of the first tokens alone."""
+    return routed_to(routing.experts[:tokens], routing.weights[:tokens], routing.scores[:tokens])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""Benchmarks of routing few tokens: scores, choice, weights, counts and row order. XLA's side is the reference."""
+"""Benchmarks of routing: scores, choice, weights, counts and row order. XLA's side is the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.bench.case import Bench, disagreement
-from pallas_kernels.router import kernel_sm90, reference
+from pallas_kernels.router import reference, sm90
 from pallas_kernels.router.cases import BENCH, RouterCase
 from pallas_kernels.router.reference import Routing
 
@@ -52,7 +52,7 @@ def inputs(case: RouterCase, key: jax.Array) -> Inputs:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(k: int, sets: Inputs) -> Routing:
-    return kernel_sm90.router(*sets, None, kernel_sm90.Rules(k, "sqrtsoftplus", True, SCALE))
+    return sm90.router(*sets, None, k=k, scoring="sqrtsoftplus", normalize=True, scale=SCALE)
 
 
 @functools.partial(jax.jit, static_argnums=0)

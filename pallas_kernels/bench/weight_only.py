@@ -91,9 +91,18 @@ def padded(m: int, tiling: WeightOnly) -> int:
 def inputs(case: WeightOnlyCase, tried: tuple[WeightOnly, ...], key: jax.Array) -> Operands:
     of_x, of_w = jax.random.split(key)
     values = jax.random.normal(of_x, (case.m, case.groups * case.k), jnp.bfloat16)
-    w = quantize(jax.random.normal(of_w, (case.groups * case.n, case.k)) * case.k**-0.5, FP8_BLOCK)
-    sizes = {padded(case.m, tiling) for tiling in tried}
-    return Operands({size: jnp.pad(values, ((0, size - case.m), (0, 0))) for size in sizes}, w)
+    return operands(values, weight(case, of_w), tried)
+
+
+def weight(case: WeightOnlyCase, key: jax.Array) -> QuantTensor:
+    return quantize(jax.random.normal(key, (case.groups * case.n, case.k)) * case.k**-0.5, FP8_BLOCK)
+
+
+def operands(values: jax.Array, w: QuantTensor, tried: tuple[WeightOnly, ...]) -> Operands:
+    """Of rows [m, groups x k], padded for the tilings that are tried."""
+    m = len(values)
+    sizes = {padded(m, tiling) for tiling in tried}
+    return Operands({size: jnp.pad(values, ((0, size - m), (0, 0))) for size in sizes}, w)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -13,8 +13,7 @@ their operands in the L2 cache. Three warpgroups:
   64 rows into a fresh accumulator and adds it, times the two scales of the block, to float32 sums: tensor cores
   accumulate FP8 products in fewer bits than float32 has, so that no chain is longer than 128. What it would wait for
   is asked for before: scales four K blocks ahead (scales_sm90.py), the next buffer while the first product of this one
-  is added. With `in_turn` they issue alternately. A tile goes out through two buffers a consumer, so that one is copied
-  while the next is written.
+  is added. With `in_turn` they issue alternately. What becomes of a finished tile is results_sm90.py's.
 
 Where there are few tiles, the thread blocks of a cluster share out K instead (split_k.py).
 
@@ -40,10 +39,12 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
+from pallas_kernels.block_matmul.results_sm90 import Codes, Plain
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.scales_sm90 import TileScales, factor, of_word
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import ManyRows
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.mosaic import fresh_wgmma
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.scale_words import BYTES
@@ -72,12 +73,12 @@ def many_rows(
     weights: Sequence[tuple[jax.Array, jax.Array]],
     tiling: ManyRows,
     *,
-    out_dtype: DTypeLike,
+    out_dtype: DTypeLike | QuantFormat,
     row_blocks: RowBlocks | None = None,
     factors: jax.Array | None = None,
     epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
-) -> jax.Array:
-    """y [M, N]: `epilogue` of the products of a [M, K] with every weight.
+) -> Any:
+    """y [M, N]: `epilogue` of the products of a [M, K] with every weight; of a format, its codes and scales.
 
     weights: pairs of codes [N, K], all of one type, and scales [N/128, K/128], or [N] where a_scale is [M]; with a
     leading expert axis where `row_blocks` (of tile_m rows) is given; blocks that are not real are not written. Several
@@ -91,6 +92,7 @@ def many_rows(
     steps = cut.steps
     launched = clusters(cluster * tiling.shares, cut.row_tiles * cut.column_tiles // cluster)
     shares = Shares(tiling.shares, cut.parts * count, WGMMA_ROWS, cut.finished, CONSUMERS, launched)
+    results = Codes(cut, out_dtype) if isinstance(out_dtype, QuantFormat) else Plain(cut, out_dtype)
     assert cut.across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
     once = a_scale.ndim == 1  # scales multiply finished sums
     in_words = not once and a_scale.dtype == jnp.uint8 and blocks == 1 and steps % BYTES == 0
@@ -98,10 +100,11 @@ def many_rows(
     early_wait = blocks == 1 and len(cut.products) > tiling.in_flight
 
     def kernel(
-        a_gmem, a_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, y_gmem,
-        *exchanged, **scratch,
+        a_gmem, a_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem,
+        *outs, **scratch,
     ):  # fmt: skip
-        a_smem, w_smem, y_smem, filled, free = (scratch[name] for name in ("a", "w", "y", "filled", "free"))
+        a_smem, w_smem, filled, free = (scratch[name] for name in ("a", "w", "filled", "free"))
+        outs, exchanged = outs[: len(results.outputs())], outs[len(results.outputs()) :]
         warpgroup = lax.axis_index("warpgroup")
         share = 0 if tiling.shares == 1 else lax.axis_index(AXIS)
         first_block = share * steps
@@ -252,13 +255,8 @@ def many_rows(
                         ]
                     if factors_gmem is not None:
                         of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
-                    y = epilogue(*of_part, of_rows).astype(out_dtype)
-                    for piece in range(cut.pieces):
-                        plgpu.wait_smem_to_gmem(cut.pieces - 1, wait_read_only=True)
-                        y_smem[warpgroup, piece] = y[:, piece * cut.stored : (piece + 1) * cut.stored]
-                        plgpu.commit_smem()
-                        columns = pl.ds(first_finished + piece * cut.stored, cut.stored)
-                        plgpu.copy_smem_to_gmem(y_smem.at[warpgroup, piece], y_gmem.at[rows, columns])
+                    y = epilogue(*of_part, of_rows)
+                    results.write(y, rows, first_finished, warpgroup, outs, scratch)
                 if tiling.shares > 1:
                     shares.take(scratch)
                 return done + steps, words
@@ -272,9 +270,9 @@ def many_rows(
     free: Any = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
     if cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("block",), num_arrivals=CONSUMERS, num_barriers=stages)
-    y, *_ = plgpu.kernel(
+    out = plgpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((m, n), out_dtype), *shares.outputs()),
+        out_type=(*results.outputs(), *shares.outputs()),
         grid=(launched,),
         grid_names=("sm",),
         **(neighbours | shares.launch()),
@@ -283,15 +281,11 @@ def many_rows(
         scratch_types={
             "a": plgpu.SMEM((stages, tile_m, BLOCK), a.dtype, transforms=swizzled(1)),
             "w": plgpu.SMEM((stages, count, tile_n, BLOCK), weights[0][0].dtype, transforms=swizzled(1)),
-            "y": plgpu.SMEM(
-                (CONSUMERS, cut.pieces, WGMMA_ROWS, cut.stored),
-                out_dtype,
-                transforms=swizzled(jnp.dtype(out_dtype).itemsize, cut.stored),
-            ),
+            **results.scratch(),
             "filled": plgpu.Barrier(num_arrivals=1 + count, num_barriers=stages),
             "free": free,
             **({"turn": plgpu.Barrier(num_arrivals=1, num_barriers=CONSUMERS)} if tiling.in_turn else {}),
             **shares.scratch(),
         },
     )(a, a_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
-    return y
+    return out[0] if isinstance(results, Plain) else out[:2]

@@ -23,6 +23,7 @@ import numpy as np
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
 from pallas_kernels.block_matmul.kernel_sm90 import many_rows
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK
+from pallas_kernels.block_matmul.results_sm90 import makes_codes
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
@@ -97,9 +98,13 @@ def experts(
             gathered = codes.values, scale_bytes(codes.scale)
         else:
             gathered = _gathered(x, blocks, activations)
-        hidden = multiply(*gathered, (w1, w3), gate_up, x.dtype, epilogue=activate)
-        again = quantize_rows(hidden, activations, tokens_last=isinstance(down, FewRows))
-        out = multiply(again.values, scale_bytes(again.scale), (w2,), down, x.dtype)
+        # Where a tile has whole groups of channels, hidden rows are quantised by the kernel that they come from.
+        at_once = x.dtype == jnp.bfloat16 and isinstance(gate_up, ManyRows) and makes_codes(gate_up)
+        made = multiply(*gathered, (w1, w3), gate_up, activations if at_once else x.dtype, epilogue=activate)
+        if not at_once:
+            again = quantize_rows(made, activations, tokens_last=isinstance(down, FewRows))
+            made = again.values, scale_bytes(again.scale)
+        out = multiply(*made, (w2,), down, x.dtype)
     return combine(out, blocks.place)
 
 

@@ -17,6 +17,6 @@ class RouterCase:
 
 
 BENCH = (
-    *(RouterCase(f"flash router m={m}", m) for m in (1, 8, 64, 128)),
+    *(RouterCase(f"flash router m={m}", m) for m in (1, 8, 64, 128, 512, 4096)),
     RouterCase("pro router m=128", 128, 384, 7168),
 )

@@ -38,7 +38,7 @@ from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.router import multiply_sm90, words_sm90
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
-from pallas_kernels.router.token_sm90 import Rules, choose, clear, place, place_alone, scratch
+from pallas_kernels.router.token_sm90 import Rules, choose, clear, filled_up, place, place_alone, scratch
 from pallas_kernels.router.words_sm90 import of_float, publish
 
 INTERPRETED_BLOCKS = 8  # that multiply
@@ -172,17 +172,6 @@ def interpreted(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Rou
     *chosen, words = launch(choose_all, types, INTERPRETED_SMS, to_choose, logits, bias, experts)
     placed = launch(place_all, plan.placed, INTERPRETED_SMS, to_place, words)
     return Routing(*chosen, *placed)
-
-
-def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
-    """The matrix and bias with `count` experts. Those that are added are never chosen: even where all else is as low or
-    NaN, ties go to the lower expert."""
-    extra = count - len(weight)
-    if not extra:
-        return weight, bias
-    if bias is None:
-        bias = jnp.zeros(len(weight), jnp.float32)
-    return jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
 
 
 def multiply(

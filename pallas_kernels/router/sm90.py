@@ -1,4 +1,4 @@
-"""The Hopper kernel as an implementation of `router`: which calls it takes, and its gradient."""
+"""The Hopper kernels as an implementation of `router`: which calls it takes, and its gradient."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from pallas_kernels import device
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.router import reference
 from pallas_kernels.router.reference import Routing
-from pallas_kernels.router.tiling import (
-    LANES,
-    MOST_CHOSEN,
-    MOST_EXPERTS,
-    MOST_TOKENS,
-    STEP,
-    padded_experts,
-)
+from pallas_kernels.router.tiling import FEW, LANES, MOST_CHOSEN, MOST_EXPERTS, STEP, padded_experts
 from pallas_kernels.straight_through import straight_through
 
 SCORINGS = ("sqrtsoftplus", "sigmoid", "softmax")
@@ -46,8 +39,8 @@ def unsupported_reason(
         return f"x is {x.dtype}: it takes bfloat16, which products with bfloat16 terms keep exact"
     if weight.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the matrix is {weight.dtype}: it takes float32 and bfloat16"
-    if not 1 <= tokens <= MOST_TOKENS:
-        return f"there are {tokens} tokens: it takes 1 to {MOST_TOKENS}"
+    if tokens < 1:
+        return "there are no tokens: it takes one and more"
     if not 1 <= k <= MOST_CHOSEN:
         return f"a token takes {k} experts: it takes 1 to {MOST_CHOSEN}"
     if not k <= count <= MOST_EXPERTS:
@@ -73,14 +66,15 @@ def router(
     scale: float,
 ) -> Routing:
     """`reference.router`, whose gradient it has too."""
-    from pallas_kernels.router import kernel_sm90  # here: who runs no kernel does not wait for Pallas
+    from pallas_kernels.router import kernel_sm90, many_sm90  # here: who runs no kernel does not wait for Pallas
 
     rules = kernel_sm90.Rules(k, scoring, normalize, scale)
+    run = (kernel_sm90 if len(x) <= FEW else many_sm90).router
 
     def kernel(inputs: Any, constants: Any) -> Any:
         x, weight = inputs
         bias, experts = constants
-        return kernel_sm90.router(x, weight, bias, experts, rules)
+        return run(x, weight, bias, experts, rules)
 
     def smooth(inputs: Any, constants: Any) -> Any:
         x, weight = inputs

@@ -1,4 +1,4 @@
-"""How the Hopper kernel spreads the router's matrix over thread blocks. Nothing here imports Pallas."""
+"""How the Hopper kernels spread the router's matrix and tokens over thread blocks. Nothing here imports Pallas."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 LANES = 128  # what experts are padded to: a vector of a warpgroup
 STEP = 64  # columns that a warpgroup multiplies at a time
-MOST_TOKENS = 128
+FEW = 128  # tokens, up to which one launch does it all
 MOST_CHOSEN = 8
 MOST_EXPERTS = 512
 TILES = (16, 32, 48, 64)  # experts of a thread block
+ROUND = 16  # tokens of a thread block at a time, where there are many
+MOST_TILES = 132
 _BYTES = 215_000  # of shared memory, for what is multiplied at a time
 
 
@@ -42,6 +44,24 @@ def share(tokens: int, experts: int, columns: int, blocks: int) -> Share:
 def _chunks(tokens: int, tile: int, columns: int) -> int:
     steps, of_step = columns // STEP, STEP * (4 * tile + 2 * (tokens + 7))
     return next(n for n in range(1, steps + 1) if steps % n == 0 and steps // n * of_step <= _BYTES)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the kernels for many tokens share them out: `count` thread blocks, in `rounds` of 16 tokens each."""
+
+    count: int
+    rounds: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rounds * ROUND
+
+
+def tiles(tokens: int) -> Tiles:
+    """As many as there are multiprocessors at most: each looks at the counts of all."""
+    rounds = -(-tokens // (ROUND * MOST_TILES))
+    return Tiles(-(-tokens // (ROUND * rounds)), rounds)
 
 
 def padded_experts(count: int) -> int:

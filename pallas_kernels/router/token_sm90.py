@@ -31,6 +31,17 @@ class Rules(NamedTuple):
     scale: float
 
 
+def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
+    """The matrix and bias with `count` experts. Those that are added are never chosen: even where all else is as low or
+    NaN, ties go to the lower expert."""
+    extra = count - len(weight)
+    if not extra:
+        return weight, bias
+    if bias is None:
+        bias = jnp.zeros(len(weight), jnp.float32)
+    return jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
+
+
 def scratch(experts: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shared memory of `choose` and of `place`. Behind the bins there is one for rows that no token has."""
     return (
@@ -129,11 +140,11 @@ def clear(bins_smem) -> None:
     bins_smem[...] = plgpu.layout_cast(jnp.zeros(bins_smem.shape, jnp.int32), lanes(*bins_smem.shape))
 
 
-def scored(logits: jax.Array, scoring: str) -> jax.Array:
-    """`reference.router`'s scores, in what Pallas has."""
+def scored(logits: jax.Array, scoring: str, spread: Any = lambda x: x) -> jax.Array:
+    """`reference.router`'s scores of logits [.., E], in what Pallas has. spread: [..] to all of E."""
     if scoring == "softmax":
-        powers = jnp.exp(logits - jnp.max(logits))
-        return powers / jnp.sum(powers)
+        powers = jnp.exp(logits - spread(jnp.max(logits, axis=-1)))
+        return powers / spread(jnp.sum(powers, axis=-1))
     if scoring == "sigmoid":
         return 1 / (1 + jnp.exp(-logits))
     power = jnp.exp(-jnp.abs(logits))

@@ -42,29 +42,38 @@ def best(keys_smem: Any, k: int) -> list[jax.Array]:
         return_type=[plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SCALAR)] * k,
     )
     def run(_ctx: Any, keys: ir.Value) -> list[Any]:
-        first = arith.muli(_lane(), _word(each))
-        own = []
-        for i, key in enumerate(_load(keys, first, each)):
-            place = arith.xori(arith.addi(first, _word(i)), _word(-1))
-            upper = arith.shli(arith.extui(_i64(), key), utils.c(32, _i64()))
-            own.append(arith.ori(upper, arith.extui(_i64(), place)))
-        _sort_down(own)
-        own = own[:k]  # no lane has more to give
-        lower_lanes = llvm.inline_asm(_kind(), [], "mov.u32 $0, %lanemask_lt;", "=r")
-        chosen = []
-        for _ in range(k):
-            key, place = _halves(own[0])
-            here = arith.cmpi(arith.CmpIPredicate.eq, key, _redux("max.s32", key))
-            found = _redux("max.u32", arith.select(here, place, _word(0)))
-            # The lane of `found`, which is the first that has such a key, without waiting for it.
-            before = arith.andi(_ballot(here), lower_lanes)
-            mine = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, before, _word(0)))
-            following = [*own[1:], utils.c(-(2**63), _i64())]  # below any number's key
-            own = [arith.select(mine, then, now) for then, now in zip(following, own, strict=True)]
-            chosen.append(mgpu.FragmentedArray.splat(arith.xori(found, _word(-1)), (), is_signed=True))
-        return chosen
+        first = arith.muli(lane(), number(each))
+        held = [(key, arith.addi(first, number(i))) for i, key in enumerate(_load(keys, first, each))]
+        return [mgpu.FragmentedArray.splat(place, (), is_signed=True) for place in k_best(held, k)]
 
     return run(keys_smem)
+
+
+def k_best(held: list[tuple[ir.Value, ir.Value]], k: int) -> list[ir.Value]:
+    """The places of the k largest keys of a warp, of which a lane holds pairs of key and place: of neighbours."""
+    own = []
+    for key, place in held:
+        upper = arith.shli(arith.extui(_i64(), key), utils.c(32, _i64()))
+        own.append(arith.ori(upper, arith.extui(_i64(), arith.xori(place, number(-1)))))
+    _sort_down(own)
+    own = own[:k]  # no lane has more to give
+    lower_lanes = llvm.inline_asm(kind(), [], "mov.u32 $0, %lanemask_lt;", "=r")
+    chosen = []
+    for _ in range(k):
+        key, place = _halves(own[0])
+        here = arith.cmpi(arith.CmpIPredicate.eq, key, _redux("max.s32", key))
+        found = _redux("max.u32", arith.select(here, place, number(0)))
+        # The lane of `found`, which is the first that has such a key, without waiting for it.
+        before = arith.andi(_ballot(here), lower_lanes)
+        mine = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, before, number(0)))
+        following = [*own[1:], utils.c(-(2**63), _i64())]  # below any number's key
+        own = [arith.select(mine, then, now) for then, now in zip(following, own, strict=True)]
+        chosen.append(arith.xori(found, number(-1)))
+    return chosen
+
+
+def sync_warp() -> None:
+    llvm.inline_asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", has_side_effects=True)
 
 
 def sync() -> None:
@@ -83,10 +92,10 @@ def keep(*stored: tuple[Any, jax.Array]) -> None:
 
     @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(refs), [lanes(len(x)) for x in vectors]))
     def run(_ctx: Any, refs: list[ir.Value], vectors: list[Any]) -> None:
-        thread = arith.remui(utils.thread_idx(), _word(WARPS * WARP))
+        thread = arith.remui(utils.thread_idx(), number(WARPS * WARP))
         for ref, x in zip(refs, vectors, strict=True):
             for i, register in enumerate(x.registers.ravel()):
-                at = arith.addi(thread, _word(i * WARPS * WARP))
+                at = arith.addi(thread, number(i * WARPS * WARP))
                 address = utils.getelementptr(utils.memref_ptr(ref), [at], x.mlir_dtype)
                 llvm.store(vector.extract(register, [], [0]), address, alignment=4)
         utils.warpgroup_barrier()
@@ -106,22 +115,22 @@ def totals(vectors: list[jax.Array], sums_smem: Any) -> list[jax.Array]:
         return_type=[plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SCALAR)] * len(vectors),
     )
     def run(_ctx: Any, sums: ir.Value, vectors: list[Any]) -> list[Any]:
-        warp = arith.remui(arith.shrui(utils.thread_idx(), _word(5)), _word(WARPS))
-        leader = arith.cmpi(arith.CmpIPredicate.eq, _lane(), _word(0))
-        base = llvm.ptrtoint(_kind(), utils.memref_ptr(sums))
-        own = arith.addi(base, arith.muli(warp, _word(4 * stride)))
+        warp = arith.remui(arith.shrui(utils.thread_idx(), number(5)), number(WARPS))
+        leader = arith.cmpi(arith.CmpIPredicate.eq, lane(), number(0))
+        base = llvm.ptrtoint(kind(), utils.memref_ptr(sums))
+        own = arith.addi(base, arith.muli(warp, number(4 * stride)))
         for i, x in enumerate(vectors):
             (register,) = x.registers.ravel()
             total = _redux("add.s32", vector.extract(register, [], [0]))
-            args = [arith.addi(own, _word(4 * i)), total, leader]
+            args = [arith.addi(own, number(4 * i)), total, leader]
             llvm.inline_asm(None, args, "@$2 st.shared.b32 [$0], $1;", "r,r,b,~{memory}", has_side_effects=True)
         utils.warpgroup_barrier()
         found = []
         for i in range(len(vectors)):
             total = None
             for other in range(WARPS):
-                args = [arith.addi(base, _word(4 * (other * stride + i)))]
-                part = llvm.inline_asm(_kind(), args, "ld.shared.b32 $0, [$1];", "=r,r", has_side_effects=True)
+                args = [arith.addi(base, number(4 * (other * stride + i)))]
+                part = llvm.inline_asm(kind(), args, "ld.shared.b32 $0, [$1];", "=r,r", has_side_effects=True)
                 total = part if total is None else arith.addi(total, part)
             found.append(mgpu.FragmentedArray.splat(total, (), is_signed=True))
         return found
@@ -142,11 +151,11 @@ def count(bins_smem: Any, vectors: list[jax.Array]) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [layout] * len(vectors)))
     def run(_ctx: Any, bins: ir.Value, vectors: list[Any]) -> None:
-        base = llvm.ptrtoint(_kind(), utils.memref_ptr(bins))
+        base = llvm.ptrtoint(kind(), utils.memref_ptr(bins))
         for x in vectors:
             (register,) = x.registers.ravel()
-            place = arith.minui(vector.extract(register, [], [0]), _word(last))
-            address = arith.addi(base, arith.shli(place, _word(2)))
+            place = arith.minui(vector.extract(register, [], [0]), number(last))
+            address = arith.addi(base, arith.shli(place, number(2)))
             llvm.inline_asm(None, [address], "red.shared.add.u32 [$0], 1;", "r,~{memory}", has_side_effects=True)
         utils.warpgroup_barrier()
 
@@ -156,8 +165,8 @@ def count(bins_smem: Any, vectors: list[jax.Array]) -> None:
 def _load(keys: ir.Value, first: ir.Value, each: int) -> list[ir.Value]:
     found = []
     for i in range(0, each, 4):
-        address = utils.getelementptr(utils.memref_ptr(keys), [arith.addi(first, _word(i))], _kind())
-        four = llvm.load(ir.VectorType.get((4,), _kind()), address, alignment=16)
+        address = utils.getelementptr(utils.memref_ptr(keys), [arith.addi(first, number(i))], kind())
+        four = llvm.load(ir.VectorType.get((4,), kind()), address, alignment=16)
         found += [vector.extract(four, [], [j]) for j in range(4)]
     return found
 
@@ -186,7 +195,7 @@ def comparators(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _halves(x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    word = _kind()
+    word = kind()
     return arith.trunci(word, arith.shrui(x, utils.c(32, _i64()))), arith.trunci(word, x)
 
 
@@ -196,20 +205,20 @@ def _redux(operation: str, x: ir.Value) -> ir.Value:
 
 
 def _ballot(x: ir.Value) -> ir.Value:
-    return llvm.inline_asm(_kind(), [x], "vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", has_side_effects=True)
+    return llvm.inline_asm(kind(), [x], "vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", has_side_effects=True)
 
 
-def _lane() -> ir.Value:
-    return arith.andi(utils.thread_idx(), _word(WARP - 1))
+def lane() -> ir.Value:
+    return arith.andi(utils.thread_idx(), number(WARP - 1))
 
 
 def _i64() -> ir.Type:
     return ir.IntegerType.get_signless(64)
 
 
-def _word(value: int = 0) -> ir.Value:
+def number(value: int) -> ir.Value:
     return utils.c(value, ir.IntegerType.get_signless(32))
 
 
-def _kind() -> ir.Type:
+def kind() -> ir.Type:
     return ir.IntegerType.get_signless(32)

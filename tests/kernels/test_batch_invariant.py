@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bench import batch_invariant as bench
+from pallas_kernels.bench.weight_only import WeightOnlyCase
 from pallas_kernels.block_matmul import (
     api,
     block_diagonal_matmul,
@@ -149,14 +150,24 @@ def test_the_op_on_hopper(activations):
     np.testing.assert_array_equal(alone[0], beside[3])
 
 
-def test_the_benchmark_of_the_cost():
-    case = bench.bench(MatmulCase("small", 3, 64, 256))
+COSTS = {
+    "dense": bench.dense(MatmulCase("small", 3, 64, 256)),
+    "weight-only": bench.of_weight_only(WeightOnlyCase("small", 3, 64, 256)),
+    "layer": bench.layer(grouped_cases.LayerCase("small", 3, 256, 128, 4, 2)),
+    "mxfp4": bench.layer(grouped_cases.LayerCase("small", 3, 512, 512, 4, 2, mxfp4=True)),
+}
+
+
+@pytest.mark.parametrize("which", COSTS)
+def test_the_benchmark_of_the_cost(which):
+    case = COSTS[which]
     sets = case.sets(1)[0]
     with interpreted():
         want, got = case.reference(sets), case.ours[case.usual](sets)
         jax.block_until_ready((want, got))
-    assert case.wrong(got, want) is None
-    assert case.wrong(got.at[0, 3].multiply(2), want) == "1 of 64 results have other bits in a batch of another size"
+    assert case.name == "batch-invariant small" and case.wrong(got, want) is None
+    other = case.wrong(got.at[0, 3].multiply(2), want)
+    assert other == f"1 of {want.size} results have other bits in a batch of another size"
 
 
 def test_shared_out_k_is_passed_over(tmp_path):

@@ -1,5 +1,6 @@
 """The expert layer on the Hopper kernels, in the interpreter, against its reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.block_matmul.kernel_sm90 import many_rows
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.grouped_matmul import experts as layer
 from pallas_kernels.grouped_matmul import kernel_sm90
 from pallas_kernels.grouped_matmul.kernel_sm90 import COMPARED, experts, lay_out
 from pallas_kernels.mosaic import interpreted
+from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize, round_trip
 from pallas_kernels.router import Routing
 from tests.kernels.sums import ON_GPU
@@ -77,6 +80,31 @@ def test_the_layer_is_its_reference(rows, tilings, chosen):
     # A last bit of bfloat16 in a hidden row may choose another FP8 code; it does so in few of them.
     assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-2 * rms
     assert np.median(np.abs(got - want)) <= (1e-2 if ON_GPU else 3e-3) * rms
+
+
+@pytest.mark.parametrize("scale", ["ue8m0", "float32"])
+def test_hidden_rows_are_codes_at_once(scale):
+    """Those of the rows that would be stored, bit for bit; also of an infinity."""
+    rng = np.random.default_rng(5)
+    form = dataclasses.replace(FP8_GROUP, scale=scale)
+    weight = dataclasses.replace(FP8_BLOCK, scale=scale)
+    a = quantize(jnp.asarray(rng.normal(size=(128, 256)), jnp.float32), form)
+    pairs = [quantize(jnp.asarray(rng.normal(size=(256, 256)), jnp.float32), weight) for _ in range(2)]
+    pairs = [(w.values, scale_bytes(w.scale)) for w in pairs]
+
+    def product(gate, up, factors):
+        return gate * up * jnp.where(factors > 1, jnp.inf, 1.0)[:, None]
+
+    factors = jnp.ones(128).at[77].set(2)
+    run = functools.partial(
+        many_rows, a.values, scale_bytes(a.scale), pairs, ManyRows(128, 128, 2, "rows"), factors=factors,
+        epilogue=product,
+    )  # fmt: skip
+    with interpreted():
+        rows, (codes, stored) = run(out_dtype=jnp.bfloat16), run(out_dtype=form)
+    want = quantize(rows, form)
+    np.testing.assert_array_equal(codes.view(jnp.uint8), want.values.view(jnp.uint8))
+    np.testing.assert_array_equal(stored, scale_bytes(want.scale))
 
 
 def test_rows_are_gathered_by_a_kernel(monkeypatch):

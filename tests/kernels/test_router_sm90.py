@@ -12,9 +12,9 @@ from pallas_kernels.bench.case import disagreement
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.router import kernel_sm90, reference, router, sm90
+from pallas_kernels.router import kernel_sm90, many_sm90, reference, router, sm90
 from pallas_kernels.router.cases import BENCH, RouterCase
-from pallas_kernels.router.tiling import Share, share
+from pallas_kernels.router.tiling import FEW, MOST_TILES, Share, Tiles, share, tiles
 from pallas_kernels.router.token_sm90 import Rules, scored
 from pallas_kernels.router.warps_sm90 import comparators
 
@@ -29,8 +29,9 @@ def inputs(tokens, experts=128, columns=256, seed=0):
 
 
 def run(*arguments, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.5):
+    kernel = kernel_sm90 if len(arguments[0]) <= FEW else many_sm90
     with interpreted():
-        return jax.block_until_ready(kernel_sm90.router(*arguments, Rules(k, scoring, normalize, scale)))
+        return jax.block_until_ready(kernel.router(*arguments, Rules(k, scoring, normalize, scale)))
 
 
 def check(got, *arguments, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.5):
@@ -52,6 +53,10 @@ def check(got, *arguments, k=2, scoring="sqrtsoftplus", normalize=True, scale=1.
         (17, 128, 256, 1, "softmax", True),
         (3, 128, 384, 2, "sqrtsoftplus", False),
         (2, 8, 256, 8, "sigmoid", True),
+        (129, 256, 256, 6, "sqrtsoftplus", True),
+        (130, 384, 128, 8, "softmax", True),
+        (131, 8, 192, 8, "sigmoid", False),
+        (148, 128, 256, 1, "sqrtsoftplus", True),
     ],
 )
 def test_kernel(tokens, experts, columns, k, scoring, normalize):
@@ -66,37 +71,48 @@ def test_several_chunks_a_block(monkeypatch):
     check(run(*arguments), *arguments)
 
 
-def test_a_matrix_in_bfloat16_and_no_bias():
-    x, weight, _ = inputs(2)
+def test_several_rounds_of_a_tile(monkeypatch):
+    """The last one a part of one, and with tokens that only fill up."""
+    monkeypatch.setattr(many_sm90, "tiles", lambda tokens: Tiles(2, 5))
+    arguments = *inputs(137), None
+    check(run(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("tokens", [2, 133])
+def test_a_matrix_in_bfloat16_and_no_bias(tokens):
+    x, weight, _ = inputs(tokens)
     arguments = x, weight.astype(jnp.bfloat16), None, None
     check(run(*arguments), *arguments)
 
 
-def test_given_experts_even_twice_the_same():
-    table = jnp.asarray([[5, 5], [127, 0], [5, 0]], jnp.int32)
-    arguments = *inputs(3)[:2], None, table
+@pytest.mark.parametrize("times", [1, 45])
+def test_given_experts_even_twice_the_same(times):
+    table = jnp.asarray([[5, 5], [127, 0], [5, 0]] * times, jnp.int32)
+    arguments = *inputs(3 * times)[:2], None, table
     check(run(*arguments), *arguments)
 
 
-def test_ties_go_to_the_lower_expert_and_all_to_the_same():
-    x, weight, _ = inputs(70)
+@pytest.mark.parametrize("tokens", [70, 150])
+def test_ties_go_to_the_lower_expert_and_all_to_the_same(tokens):
+    x, weight, _ = inputs(tokens)
     bias = jnp.zeros(128).at[jnp.asarray([3, 64, 127])].set(1)
     arguments = x, 0 * weight, bias, None
     got = run(*arguments, k=4)
     check(got, *arguments, k=4)
-    assert got.experts.tolist() == [[3, 64, 127, 0]] * 70 and got.counts[3] == 70
+    assert got.experts.tolist() == [[3, 64, 127, 0]] * tokens and got.counts[3] == tokens
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # the simulated wgmma's, of infinities
-def test_a_token_that_is_not_finite_spoils_no_other():
+@pytest.mark.parametrize("tokens", [4, 132])
+def test_a_token_that_is_not_finite_spoils_no_other(tokens):
     """It gets experts that exist, and NaN for weights."""
-    x, weight, bias = inputs(4)
+    x, weight, bias = inputs(tokens)
     good = run(x, weight, bias, None)
     bad = x.at[1].set(jnp.nan).at[2, 5].set(jnp.inf)
     got = run(bad, weight, bias, None)
     for name in ("experts", "weights", "scores"):
         ours, theirs = np.asarray(getattr(got, name)), np.asarray(getattr(good, name))
-        np.testing.assert_array_equal(ours[[0, 3]], theirs[[0, 3]])
+        np.testing.assert_array_equal(np.delete(ours, (1, 2), 0), np.delete(theirs, (1, 2), 0))
     chosen = np.asarray(got.experts)
     assert chosen.min() >= 0 and chosen.max() < 128 and all(len(set(row)) == 2 for row in chosen.tolist())
     np.testing.assert_array_equal(got.counts, np.bincount(chosen.reshape(-1), minlength=128))
@@ -120,9 +136,10 @@ def test_no_token_takes_an_expert_that_only_fills_up():
     assert run(x, weight, jnp.zeros(8).at[5].set(-jnp.nan), None, k=1).experts.tolist() == [[5]] * 2
 
 
-def test_permuted_tokens_give_permuted_bits():
-    x, weight, bias = inputs(6)
-    order = np.random.default_rng(1).permutation(6)
+@pytest.mark.parametrize("tokens", [6, 140])
+def test_permuted_tokens_give_permuted_bits(tokens):
+    x, weight, bias = inputs(tokens)
+    order = np.random.default_rng(1).permutation(tokens)
     whole, permuted = run(x, weight, bias, None), run(x[order], weight, bias, None)
     for name in ("experts", "weights", "scores"):
         np.testing.assert_array_equal(getattr(permuted, name), np.asarray(getattr(whole, name))[order])
@@ -156,8 +173,8 @@ def test_through_the_api_with_gradients():
     ("changed", "reason"),
     [
         ({"x": jnp.float32}, "x is float32: it takes bfloat16, which products with bfloat16 terms keep exact"),
-        ({"tokens": 129}, "there are 129 tokens: it takes 1 to 128"),
-        ({"tokens": 0}, "there are 0 tokens: it takes 1 to 128"),
+        ({"tokens": 129}, None),
+        ({"tokens": 0}, "there are no tokens: it takes one and more"),
         ({"experts": 5}, "there are 5 experts: it takes at least the 6 that a token takes, up to 512"),
         ({"experts": 513}, "there are 513 experts: it takes at least the 6 that a token takes, up to 512"),
         (
@@ -200,6 +217,20 @@ def test_the_choice_sorts():
         assert all((a >= b).all() for a, b in zip(values, values[1:], strict=False))
 
 
+def test_terms_add_up():
+    """To every bit, the smallest numbers' too."""
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=1000) * 2.0 ** np.arange(-100, 100, 0.2), jnp.float32)
+    terms = many_sm90.terms_of(weight)
+    assert all(term.dtype == jnp.bfloat16 for term in terms)
+    np.testing.assert_array_equal(sum(np.asarray(term, np.float64) for term in terms), np.asarray(weight, np.float64))
+
+
+def test_every_token_is_in_a_tile():
+    for tokens in (129, 130, 500, 2112, 2113, 4096, 65537):
+        cut = tiles(tokens)
+        assert cut.count <= MOST_TILES and (cut.count - 1) * cut.tokens < tokens <= cut.count * cut.tokens
+
+
 def test_every_thread_block_runs_at_once():
     for experts in (128, 256, 384, 512):
         for columns in (1024, 4096, 7168):
@@ -210,7 +241,9 @@ def test_every_thread_block_runs_at_once():
                     assert columns % (found.parts * found.chunks) == 0
 
 
-@pytest.mark.parametrize("case", [BENCH[0], BENCH[-1], RouterCase("odd", 100)], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [BENCH[0], BENCH[-1], RouterCase("odd", 100), RouterCase("many", 4095)], ids=lambda case: case.name
+)
 def test_lowers_for_a_gpu(case):
     """What the interpreter does not know: layouts, transfers, and the three steps in one launch."""
     sets = jax.eval_shape(functools.partial(bench.inputs, case), jax.eval_shape(lambda: jax.random.key(0)))

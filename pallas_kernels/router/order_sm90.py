@@ -1,0 +1,172 @@
+"""Rows sorted by expert, of many tokens, on Hopper: a counting sort whose counts are there by tile.
+
+A row's place is behind all rows of lower experts, those of its expert in earlier tiles, and those before it in its own.
+A thread block has a tile. Its warpgroup adds up the counts of all tiles and of those before, the first warp adds up
+lower experts and then goes through the rows, 32 at a time: MATCH finds the lanes with the same expert.
+
+Bound: the latency of loading the counts, some twenty loads one behind the other, and 150 cycles for every 32 rows.
+"""
+
+# Pallas decorators turn functions into values, and its transforms look abstract; Mosaic's Python is not typed for
+# outsiders.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, math, scf
+
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import compiler_params
+from pallas_kernels.router.tiling import LANES
+from pallas_kernels.router.warps_sm90 import WARP, WARPS, keep, kind, lane, number, sync_warp
+from pallas_kernels.router.words_sm90 import lanes
+
+AT_ONCE = 16  # loads of counts
+AHEAD = 8  # loads of rows
+
+
+def order(experts: jax.Array, counts: jax.Array, of_tile: int) -> tuple[jax.Array, jax.Array]:
+    """The rows of experts [N, k], flat, sorted by expert and then by row, int32 [N * k]; and the counts of all, [E].
+
+    counts int32 [tiles, E]: rows of each expert in each tile of `of_tile` rows.
+    """
+    flat, (tiles, count) = experts.reshape(-1), counts.shape
+    vector = lanes(count)
+
+    def kernel(experts_gmem, counts_gmem, order_gmem, total_gmem, *, total_smem, before_smem):
+        tile = lax.axis_index("tile")
+
+        def of_tiles(i, sums):
+            before, total = sums
+            at = [i * AT_ONCE + j for j in range(min(AT_ONCE, tiles))]
+            found = [plgpu.load(counts_gmem.at[jnp.minimum(t, tiles - 1)], layout=vector, optimized=False) for t in at]
+            for t, one in zip(at, found, strict=True):
+                before = before + one * (t < tile).astype(jnp.int32)
+                total = total + one * (t < tiles).astype(jnp.int32)
+            return before, total
+
+        zero = plgpu.layout_cast(jnp.zeros((count,), jnp.int32), vector)
+        before, total = lax.fori_loop(0, -(-tiles // AT_ONCE), of_tiles, (zero, zero))
+        keep((total_smem, total), (before_smem.at[pl.ds(0, count)], before))
+        pl.when(tile == 0)(lambda: store(total_gmem, total))
+        rank(experts_gmem, order_gmem, total_smem, before_smem, tile * of_tile, of_tile)
+
+    def store(ref, x):
+        ref[...] = x
+
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(flat.shape, jnp.int32), jax.ShapeDtypeStruct((count,), jnp.int32)],
+        grid=(tiles,),
+        grid_names=("tile",),
+        compiler_params=compiler_params(),
+        scratch_types={
+            "total_smem": plgpu.SMEM((count,), jnp.int32),
+            "before_smem": plgpu.SMEM((count + LANES,), jnp.int32),  # in the last, rows that are in no tile
+        },
+    )(flat, counts)
+
+
+def rank(experts_gmem: Any, order_gmem: Any, total_smem: Any, before_smem: Any, start: jax.Array, of_tile: int) -> None:
+    """order_gmem[place of row i] = i for the `of_tile` rows from `start` on, as far as there are.
+
+    total_smem int32 [E]: all rows of an expert; before_smem: those in earlier tiles, which is written over.
+    """
+    rows, count = order_gmem.shape[0], total_smem.shape[0]
+    if is_interpreted():
+        flat, i = experts_gmem[...], jnp.arange(rows)
+        mine = (i >= start) & (i < start + of_tile)
+        first = jnp.cumsum(total_smem[...]) - total_smem[...] + before_smem[pl.ds(0, count)]
+        earlier = (flat[:, None] == flat[None]) & mine[None] & (i[:, None] > i[None])
+        places = first[flat] + jnp.sum(earlier, axis=1, dtype=jnp.int32)
+
+        @pl.loop(0, of_tile)
+        def _row(j):
+            @pl.when(start + j < rows)
+            def _there():
+                order_gmem[places[start + j]] = start + j
+
+        return
+    each, chunks = count // WARP, -(-of_tile // WARP)
+    ahead = min(AHEAD, chunks)
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT(())))
+    def run(_ctx: Any, experts: ir.Value, order: ir.Value, total: ir.Value, before: ir.Value, start: Any) -> None:
+        warp = arith.remui(arith.shrui(utils.thread_idx(), number(5)), number(WARPS))
+        first_warp = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp, number(0)))
+        with ir.InsertionPoint(first_warp.then_block):
+            _start_places(total, before, each)
+            begin = start.registers.item()
+            end = arith.minsi(arith.addi(begin, number(of_tile)), number(rows))
+            step = number(ahead * WARP)
+            loop = scf.ForOp(begin, end, step)
+            with ir.InsertionPoint(loop.body):
+                own = arith.addi(loop.induction_variable, lane())
+                at = [arith.addi(own, number(WARP * j)) for j in range(ahead)]
+                found = [_load(experts, i, end, count) for i in at]
+                for i, expert in zip(at, found, strict=True):
+                    _place(order, before, i, end, expert)
+                scf.yield_([])
+            scf.yield_([])
+
+    run(experts_gmem, order_gmem, total_smem, before_smem, start)
+
+
+def _start_places(total: ir.Value, before: ir.Value, each: int) -> None:
+    """before[e] += the sum of total below e, by one warp: a lane has `each` neighbours."""
+    first = arith.muli(lane(), number(each))
+    at = [arith.addi(first, number(i)) for i in range(each)]
+    own = [llvm.load(kind(), _element(total, i), alignment=4) for i in at]
+    sums = number(0)
+    for one in own:
+        sums = arith.addi(sums, one)
+    below = sums
+    for distance in (1, 2, 4, 8, 16):
+        text = """{ .reg .pred p; .reg .b32 r; shfl.sync.up.b32 r|p, $1, $2, 0, 0xffffffff;
+            @!p mov.b32 r, 0; add.u32 $0, $1, r; }"""
+        below = llvm.inline_asm(kind(), [below, number(distance)], text, "=r,r,r", has_side_effects=True)
+    below = arith.subi(below, sums)
+    for i, one in zip(at, own, strict=True):
+        place = _element(before, i)
+        llvm.store(arith.addi(llvm.load(kind(), place, alignment=4), below), place, alignment=4)
+        below = arith.addi(below, one)
+    sync_warp()
+
+
+def _load(experts: ir.Value, i: ir.Value, end: ir.Value, nobody: int) -> ir.Value:
+    """The expert of row i, `nobody` where there is no such row."""
+    text = "{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, $4; @p ld.global.b32 $0, [$1]; }"
+    args = [_element(experts, i), i, end, number(nobody)]
+    return llvm.inline_asm(kind(), args, text, "=&r,l,r,r,r", has_side_effects=True)
+
+
+def _place(order: ir.Value, next_: ir.Value, i: ir.Value, end: ir.Value, expert: ir.Value) -> None:
+    """Stores row i of each lane where the next of its expert goes."""
+    same = llvm.inline_asm(kind(), [expert], "match.any.sync.b32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True)
+    below = llvm.inline_asm(kind(), [], "mov.u32 $0, %lanemask_lt;", "=r")
+    earlier = math.ctpop(arith.andi(same, below))
+    of_expert = _element(next_, expert)
+    base = llvm.load(kind(), of_expert, alignment=4)
+    sync_warp()
+    args = [of_expert, arith.addi(base, math.ctpop(same)), earlier]
+    text = "{ .reg .pred p; setp.eq.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }"
+    args[0] = llvm.ptrtoint(kind(), of_expert)
+    llvm.inline_asm(None, args, text, "r,r,r,~{memory}", has_side_effects=True)
+    sync_warp()
+    text = "{ .reg .pred p; setp.lt.s32 p, $1, $2; @p st.global.b32 [$0], $1; }"
+    args = [_element(order, arith.addi(base, earlier)), i, end]
+    llvm.inline_asm(None, args, text, "l,r,r,~{memory}", has_side_effects=True)
+
+
+def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
+    return utils.getelementptr(utils.memref_ptr(ref), [index], kind())

@@ -67,7 +67,7 @@ def cases() -> Iterator[Bench]:
     yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))
     yield hyper_connection.bench_pre(HyperCase("m=5", 5, 1024), FP8_GROUP)
     yield hyper_connection.bench_post(HyperCase("m=5", 5, 512))
-    yield router.bench(RouterCase("m=5", 5, 128, 512, 4))
+    yield from (router.bench(RouterCase(f"m={m}", m, 128, 512, 4)) for m in (5, 150))
 
 
 def main(op: str | None = None, name: str = "") -> int:

@@ -19,6 +19,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.mosaic.launch import compiler_params
@@ -27,15 +28,17 @@ PART = 1024  # columns of a thread block: eight a thread
 WARPGROUP = 128
 
 
-def combine(rows: jax.Array, place: jax.Array) -> jax.Array:
-    """[N, D] in the dtype of rows [P, D], for place int32 [N, k]; D a multiple of 128."""
+def combine(rows: jax.Array, place: jax.Array | np.ndarray) -> jax.Array:
+    """[N, D] in the dtype of rows [P, D], for place int32 [N, k], which numpy has of one token; D a multiple of 128."""
     (tokens, k), width = place.shape, rows.shape[1]
     part = math.gcd(width, PART)
     layout = plgpu.Layout.WG_STRIDED((part,), vec_size=part // WARPGROUP)
 
+    known = isinstance(place, np.ndarray)
+
     def kernel(rows_gmem, place_gmem, y_gmem):
         token, columns = lax.axis_index("token"), pl.ds(lax.axis_index("part") * part, part)
-        places = [place_gmem[token, j] for j in range(k)]
+        places = place[0].tolist() if known else [place_gmem[token, j] for j in range(k)]
         loaded = [plgpu.load(rows_gmem.at[at, columns], layout=layout, optimized=False) for at in places]
         y_gmem[token, columns] = functools.reduce(jnp.add, (x.astype(jnp.float32) for x in loaded)).astype(rows.dtype)
 
@@ -45,4 +48,4 @@ def combine(rows: jax.Array, place: jax.Array) -> jax.Array:
         grid=(tokens, width // part),
         grid_names=("token", "part"),
         compiler_params=compiler_params(unsafe_no_auto_barriers=True),
-    )(rows, place)
+    )(rows, None if known else place)

@@ -14,22 +14,20 @@ products alone.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
 from pallas_kernels.block_matmul.kernel_sm90 import many_rows
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK
 from pallas_kernels.block_matmul.results_sm90 import makes_codes
-from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.grouped_matmul.combine_sm90 import combine
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.gather_sm90 import gather
+from pallas_kernels.grouped_matmul.lay_out_sm90 import Blocks, lay_out
 from pallas_kernels.grouped_matmul.rows_sm90 import quantized_rows
 from pallas_kernels.grouped_matmul.tiling import LEAST_AS_CODES, Mxfp4Rows
 from pallas_kernels.mosaic.scales import scale_bytes
@@ -37,21 +35,7 @@ from pallas_kernels.quant import QuantTensor
 from pallas_kernels.quantize_rows import quantize_rows
 from pallas_kernels.router import Routing
 
-COMPARED = 1024  # choices up to which all are compared with all
 GATHERED = 4096  # rows from which XLA's own gather, byte by byte, is slower
-
-
-class Blocks(NamedTuple):
-    """Where the routed rows lie: P = most blocks x rows a block.
-
-    row_blocks: the experts of the blocks. place int32 [N, k]: the row of a token's choice. token int32 [P]: the token
-    of a row, N where it is padding. factors float32 [P]: its routing weight, 0 where it is padding; of one token [k].
-    """
-
-    row_blocks: RowBlocks
-    place: jax.Array
-    token: jax.Array
-    factors: jax.Array
 
 
 def experts(
@@ -125,56 +109,6 @@ def _quantised(
     tokens = len(blocks.place)
     token = blocks.token[:rows] if gathered and tokens == 1 else blocks.token
     return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered)
-
-
-def lay_out(routing: Routing, rows: int) -> Blocks:
-    """Blocks of `rows` rows for a routing of N tokens: at most N k / rows and one more for every expert.
-
-    By gathers and comparisons of all with all, which XLA makes a few kernels of; loops and scatters would be dozens.
-    """
-    tokens, k = routing.experts.shape
-    if tokens == 1:
-        return _of_one_token(routing, rows)
-    choices, count = tokens * k, len(routing.counts)
-    most = choices // rows + min(count, choices)
-    of_expert = -(-routing.counts // rows)
-    first_block, first_sorted = (_before(sizes) for sizes in (of_expert, routing.counts))
-    ended = (first_block + of_expert)[None] <= jnp.arange(most)[:, None]
-    expert = jnp.minimum(jnp.sum(ended, axis=1, dtype=jnp.int32), count - 1)
-    real = jnp.sum(of_expert, dtype=jnp.int32)[None]
-    of_row = jnp.repeat(expert, rows)
-    within = jnp.arange(most * rows) - first_block[of_row] * rows
-    filled = within < routing.counts[of_row]
-    choice = routing.order[jnp.where(filled, first_sorted[of_row] + within, 0)]
-    token = jnp.where(filled, choice // k, tokens).astype(jnp.int32)
-    factors = jnp.where(filled, routing.weights.reshape(-1)[choice], 0).astype(jnp.float32)
-    of_choice = routing.experts.reshape(-1)
-    place = first_block[of_choice] * rows + _inverse(routing.order) - first_sorted[of_choice]
-    return Blocks(RowBlocks(expert, real), place.astype(jnp.int32).reshape(tokens, k), token, factors)
-
-
-def _of_one_token(routing: Routing, rows: int) -> Blocks:
-    """A block for each choice, with one row and one factor. What does not depend on the routing is a constant."""
-    _, k = routing.experts.shape
-    token = np.where(np.arange(k * rows) % rows == 0, 0, 1).astype(np.int32)
-    place = np.arange(0, k * rows, rows, dtype=np.int32)[None]
-    blocks = RowBlocks(routing.experts.reshape(k).astype(jnp.int32), jnp.full(1, k, jnp.int32))
-    factors = routing.weights.reshape(k).astype(jnp.float32)
-    return Blocks(blocks, jnp.asarray(place), jnp.asarray(token), factors)
-
-
-def _before(sizes: jax.Array) -> jax.Array:
-    """The sum of those before each."""
-    at = jnp.arange(len(sizes))
-    return jnp.sum(jnp.where(at[None] < at[:, None], sizes[None], 0), axis=1, dtype=jnp.int32)
-
-
-def _inverse(order: jax.Array) -> jax.Array:
-    """Where each index is in `order`."""
-    at = jnp.arange(len(order))
-    if len(order) > COMPARED:
-        return jnp.zeros_like(order).at[order].set(at.astype(order.dtype))
-    return jnp.sum(jnp.where(order[None] == at[:, None], at[None], 0), axis=1)
 
 
 def _multiply(values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic.launch import compiler_params
+from pallas_kernels.mosaic.warp import WARP
 from pallas_kernels.router.tiling import LANES, ROUND, Tiles
 from pallas_kernels.router.token_sm90 import Rules, clear, ordered, scored
 from pallas_kernels.router.token_warps_sm90 import (
@@ -32,7 +33,6 @@ from pallas_kernels.router.token_warps_sm90 import (
     of_experts,
     write,
 )
-from pallas_kernels.router.warps_sm90 import WARP
 from pallas_kernels.router.words_sm90 import lanes
 
 WARPGROUPS = ROUND // TOKENS

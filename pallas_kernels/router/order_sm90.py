@@ -27,8 +27,9 @@ from jaxlib.mlir.dialects import arith, llvm, math, scf
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params
+from pallas_kernels.mosaic.warp import WARP, before, kind, lane, number, sync_warp, warp
 from pallas_kernels.router.tiling import LANES
-from pallas_kernels.router.warps_sm90 import WARP, WARPS, keep, kind, lane, number, sync_warp
+from pallas_kernels.router.warps_sm90 import keep
 from pallas_kernels.router.words_sm90 import lanes
 
 AT_ONCE = 16  # loads of counts
@@ -43,23 +44,23 @@ def order(experts: jax.Array, counts: jax.Array, of_tile: int) -> tuple[jax.Arra
     flat, (tiles, count) = experts.reshape(-1), counts.shape
     vector = lanes(count)
 
-    def kernel(experts_gmem, counts_gmem, order_gmem, total_gmem, *, total_smem, before_smem):
+    def kernel(experts_gmem, counts_gmem, order_gmem, total_gmem, *, total_smem, earlier_smem):
         tile = lax.axis_index("tile")
 
         def of_tiles(i, sums):
-            before, total = sums
+            earlier, total = sums
             at = [i * AT_ONCE + j for j in range(min(AT_ONCE, tiles))]
             found = [plgpu.load(counts_gmem.at[jnp.minimum(t, tiles - 1)], layout=vector, optimized=False) for t in at]
             for t, one in zip(at, found, strict=True):
-                before = before + one * (t < tile).astype(jnp.int32)
+                earlier = earlier + one * (t < tile).astype(jnp.int32)
                 total = total + one * (t < tiles).astype(jnp.int32)
-            return before, total
+            return earlier, total
 
         zero = plgpu.layout_cast(jnp.zeros((count,), jnp.int32), vector)
-        before, total = lax.fori_loop(0, -(-tiles // AT_ONCE), of_tiles, (zero, zero))
-        keep((total_smem, total), (before_smem.at[pl.ds(0, count)], before))
+        earlier, total = lax.fori_loop(0, -(-tiles // AT_ONCE), of_tiles, (zero, zero))
+        keep((total_smem, total), (earlier_smem.at[pl.ds(0, count)], earlier))
         pl.when(tile == 0)(lambda: store(total_gmem, total))
-        rank(experts_gmem, order_gmem, total_smem, before_smem, tile * of_tile, of_tile)
+        rank(experts_gmem, order_gmem, total_smem, earlier_smem, tile * of_tile, of_tile)
 
     def store(ref, x):
         ref[...] = x
@@ -72,21 +73,23 @@ def order(experts: jax.Array, counts: jax.Array, of_tile: int) -> tuple[jax.Arra
         compiler_params=compiler_params(),
         scratch_types={
             "total_smem": plgpu.SMEM((count,), jnp.int32),
-            "before_smem": plgpu.SMEM((count + LANES,), jnp.int32),  # in the last, rows that are in no tile
+            "earlier_smem": plgpu.SMEM((count + LANES,), jnp.int32),  # in the last, rows that are in no tile
         },
     )(flat, counts)
 
 
-def rank(experts_gmem: Any, order_gmem: Any, total_smem: Any, before_smem: Any, start: jax.Array, of_tile: int) -> None:
+def rank(
+    experts_gmem: Any, order_gmem: Any, total_smem: Any, earlier_smem: Any, start: jax.Array, of_tile: int
+) -> None:
     """order_gmem[place of row i] = i for the `of_tile` rows from `start` on, as far as there are.
 
-    total_smem int32 [E]: all rows of an expert; before_smem: those in earlier tiles, which is written over.
+    total_smem int32 [E]: all rows of an expert; earlier_smem: those in earlier tiles, which is written over.
     """
     rows, count = order_gmem.shape[0], total_smem.shape[0]
     if is_interpreted():
         flat, i = experts_gmem[...], jnp.arange(rows)
         mine = (i >= start) & (i < start + of_tile)
-        first = jnp.cumsum(total_smem[...]) - total_smem[...] + before_smem[pl.ds(0, count)]
+        first = jnp.cumsum(total_smem[...]) - total_smem[...] + earlier_smem[pl.ds(0, count)]
         earlier = (flat[:, None] == flat[None]) & mine[None] & (i[:, None] > i[None])
         places = first[flat] + jnp.sum(earlier, axis=1, dtype=jnp.int32)
 
@@ -101,11 +104,10 @@ def rank(experts_gmem: Any, order_gmem: Any, total_smem: Any, before_smem: Any, 
     ahead = min(AHEAD, chunks)
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT(())))
-    def run(_ctx: Any, experts: ir.Value, order: ir.Value, total: ir.Value, before: ir.Value, start: Any) -> None:
-        warp = arith.remui(arith.shrui(utils.thread_idx(), number(5)), number(WARPS))
-        first_warp = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp, number(0)))
+    def run(_ctx: Any, experts: ir.Value, order: ir.Value, total: ir.Value, earlier: ir.Value, start: Any) -> None:
+        first_warp = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp(), number(0)))
         with ir.InsertionPoint(first_warp.then_block):
-            _start_places(total, before, each)
+            _start_places(total, earlier, each)
             begin = start.registers.item()
             end = arith.minsi(arith.addi(begin, number(of_tile)), number(rows))
             step = number(ahead * WARP)
@@ -115,29 +117,24 @@ def rank(experts_gmem: Any, order_gmem: Any, total_smem: Any, before_smem: Any, 
                 at = [arith.addi(own, number(WARP * j)) for j in range(ahead)]
                 found = [_load(experts, i, end, count) for i in at]
                 for i, expert in zip(at, found, strict=True):
-                    _place(order, before, i, end, expert)
+                    _place(order, earlier, i, end, expert)
                 scf.yield_([])
             scf.yield_([])
 
-    run(experts_gmem, order_gmem, total_smem, before_smem, start)
+    run(experts_gmem, order_gmem, total_smem, earlier_smem, start)
 
 
-def _start_places(total: ir.Value, before: ir.Value, each: int) -> None:
-    """before[e] += the sum of total below e, by one warp: a lane has `each` neighbours."""
+def _start_places(total: ir.Value, earlier: ir.Value, each: int) -> None:
+    """earlier[e] += the sum of total below e, by one warp: a lane has `each` neighbours."""
     first = arith.muli(lane(), number(each))
     at = [arith.addi(first, number(i)) for i in range(each)]
     own = [llvm.load(kind(), _element(total, i), alignment=4) for i in at]
     sums = number(0)
     for one in own:
         sums = arith.addi(sums, one)
-    below = sums
-    for distance in (1, 2, 4, 8, 16):
-        text = """{ .reg .pred p; .reg .b32 r; shfl.sync.up.b32 r|p, $1, $2, 0, 0xffffffff;
-            @!p mov.b32 r, 0; add.u32 $0, $1, r; }"""
-        below = llvm.inline_asm(kind(), [below, number(distance)], text, "=r,r,r", has_side_effects=True)
-    below = arith.subi(below, sums)
+    below = before(sums)
     for i, one in zip(at, own, strict=True):
-        place = _element(before, i)
+        place = _element(earlier, i)
         llvm.store(arith.addi(llvm.load(kind(), place, alignment=4), below), place, alignment=4)
         below = arith.addi(below, one)
     sync_warp()

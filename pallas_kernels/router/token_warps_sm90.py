@@ -23,7 +23,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.router.warps_sm90 import WARP, k_best, kind, lane, number, sync_warp
+from pallas_kernels.mosaic.warp import WARP, kind, lane, number, sync_warp, warp
+from pallas_kernels.router.warps_sm90 import k_best
 
 TOKENS, EACH = 4, 4  # rows; numbers that a lane loads at a time
 CHOICES = plgpu.Layout.TILED(plgpu.Tiling(((TOKENS, WARP), (1,))), (-3,), (-2,), -1)
@@ -86,7 +87,7 @@ def look_up(scores_smem: Any, scores: jax.Array, places: jax.Array) -> jax.Array
         return_type=_choices(jnp.float32),
     )
     def run(_ctx: Any, smem: ir.Value, scores: Any, places: Any) -> Any:
-        row = arith.muli(_warp(), number(pitch))
+        row = arith.muli(warp(), number(pitch))
         own = arith.addi(row, arith.muli(lane(), number(pitch // WARP)))
         sync_warp()
         for i, four in enumerate(scores.registers.ravel()):
@@ -132,7 +133,7 @@ def write(
             args = [_element(to, place), value, exists]
             store = "@$2 st.global.b32 [$0], $1;"
             llvm.inline_asm(None, args, store, f"l,{letter},b,~{{memory}}", has_side_effects=True)
-        token = arith.addi(first.registers.item(), _warp())
+        token = arith.addi(first.registers.item(), warp())
         new = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.slt, token, number(tokens)))
         bin_ = arith.addi(
             llvm.ptrtoint(kind(), utils.memref_ptr(bins)), arith.shli(arith.minui(expert, number(last)), number(2))
@@ -145,7 +146,7 @@ def write(
 
 def _place_of_choice(first: Any, k: int) -> ir.Value:
     """Of the lane's choice of the warp's token, the first of the four being `first`, a lane beyond k having none."""
-    token = arith.addi(first.registers.item(), _warp())
+    token = arith.addi(first.registers.item(), warp())
     return arith.addi(arith.muli(token, number(k)), lane())
 
 
@@ -157,7 +158,3 @@ def _of_lanes(value: ir.Value, signed: bool | None = None) -> Any:
 
 def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
     return utils.getelementptr(utils.memref_ptr(ref), [index], kind())
-
-
-def _warp() -> ir.Value:
-    return arith.remui(arith.shrui(utils.thread_idx(), number(5)), number(TOKENS))

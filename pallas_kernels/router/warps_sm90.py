@@ -24,9 +24,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.warp import WARP, WARPS, kind, lane, number, thread, warp
 from pallas_kernels.router.words_sm90 import lanes
 
-WARP, WARPS = 32, 4
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
@@ -72,10 +72,6 @@ def k_best(held: list[tuple[ir.Value, ir.Value]], k: int) -> list[ir.Value]:
     return chosen
 
 
-def sync_warp() -> None:
-    llvm.inline_asm(None, [], "bar.warp.sync 0xffffffff;", "~{memory}", has_side_effects=True)
-
-
 def sync() -> None:
     """What the warpgroup has loaded from shared memory may be stored over behind it."""
     if not is_interpreted():
@@ -92,10 +88,9 @@ def keep(*stored: tuple[Any, jax.Array]) -> None:
 
     @plgpu.inline_mgpu(arg_types=([plgpu.RefType()] * len(refs), [lanes(len(x)) for x in vectors]))
     def run(_ctx: Any, refs: list[ir.Value], vectors: list[Any]) -> None:
-        thread = arith.remui(utils.thread_idx(), number(WARPS * WARP))
         for ref, x in zip(refs, vectors, strict=True):
             for i, register in enumerate(x.registers.ravel()):
-                at = arith.addi(thread, number(i * WARPS * WARP))
+                at = arith.addi(thread(), number(i * WARPS * WARP))
                 address = utils.getelementptr(utils.memref_ptr(ref), [at], x.mlir_dtype)
                 llvm.store(vector.extract(register, [], [0]), address, alignment=4)
         utils.warpgroup_barrier()
@@ -115,10 +110,9 @@ def totals(vectors: list[jax.Array], sums_smem: Any) -> list[jax.Array]:
         return_type=[plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SCALAR)] * len(vectors),
     )
     def run(_ctx: Any, sums: ir.Value, vectors: list[Any]) -> list[Any]:
-        warp = arith.remui(arith.shrui(utils.thread_idx(), number(5)), number(WARPS))
         leader = arith.cmpi(arith.CmpIPredicate.eq, lane(), number(0))
         base = llvm.ptrtoint(kind(), utils.memref_ptr(sums))
-        own = arith.addi(base, arith.muli(warp, number(4 * stride)))
+        own = arith.addi(base, arith.muli(warp(), number(4 * stride)))
         for i, x in enumerate(vectors):
             (register,) = x.registers.ravel()
             total = _redux("add.s32", vector.extract(register, [], [0]))
@@ -208,17 +202,5 @@ def _ballot(x: ir.Value) -> ir.Value:
     return llvm.inline_asm(kind(), [x], "vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", has_side_effects=True)
 
 
-def lane() -> ir.Value:
-    return arith.andi(utils.thread_idx(), number(WARP - 1))
-
-
 def _i64() -> ir.Type:
     return ir.IntegerType.get_signless(64)
-
-
-def number(value: int) -> ir.Value:
-    return utils.c(value, ir.IntegerType.get_signless(32))
-
-
-def kind() -> ir.Type:
-    return ir.IntegerType.get_signless(32)

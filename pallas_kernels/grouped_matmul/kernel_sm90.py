@@ -35,8 +35,6 @@ from pallas_kernels.quant import QuantTensor
 from pallas_kernels.quantize_rows import quantize_rows
 from pallas_kernels.router import Routing
 
-GATHERED = 4096  # rows from which XLA's own gather, byte by byte, is slower
-
 
 def experts(
     x: jax.Array,
@@ -93,13 +91,10 @@ def experts(
 
 
 def _gathered(x: jax.Array, blocks: Blocks, form: QuantFormat) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of tokens where their blocks are. Row N is padding: zeros, whose products are zeros."""
-    many = len(blocks.token) >= GATHERED
-    codes = quantize_rows(x, form, padded_rows=None if many else len(x) + 1)
+    """Codes and scales of tokens where their blocks are; rows of padding are any."""
+    codes = quantize_rows(x, form)
     scale = scale_bytes(codes.scale)
-    if many:
-        return gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
-    return codes.values[blocks.token], scale[blocks.token]
+    return gather(codes.values, blocks.token), scale[jnp.minimum(blocks.token, len(x) - 1)]
 
 
 def _quantised(

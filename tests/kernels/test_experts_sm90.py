@@ -11,7 +11,6 @@ import pytest
 from pallas_kernels.block_matmul.kernel_sm90 import many_rows
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.grouped_matmul import experts as layer
-from pallas_kernels.grouped_matmul import kernel_sm90
 from pallas_kernels.grouped_matmul.kernel_sm90 import experts
 from pallas_kernels.grouped_matmul.lay_out_sm90 import lay_out
 from pallas_kernels.mosaic import interpreted
@@ -107,19 +106,6 @@ def test_hidden_rows_are_codes_at_once(scale):
     want = quantize(rows, form)
     np.testing.assert_array_equal(codes.view(jnp.uint8), want.values.view(jnp.uint8))
     np.testing.assert_array_equal(stored, scale_bytes(want.scale))
-
-
-def test_rows_are_gathered_by_a_kernel(monkeypatch):
-    """As where there are many; what lies in rows of padding reaches no token."""
-    monkeypatch.setattr(kernel_sm90, "GATHERED", 0)
-    x = jnp.asarray(np.random.default_rng(3).normal(size=(9, D)), jnp.bfloat16)
-    routing = routing_of([[1, 3], [1, 2], [3, 4]] * 3)
-    how = {"limit": 2.0, "rows": 8, "gate_up": FewRows(2, 2, 2), "down": FewRows(1, 2, 2)}
-    with interpreted():
-        got = np.asarray(experts(x, *weights(), routing, **how))
-    monkeypatch.undo()
-    with interpreted():
-        np.testing.assert_array_equal(got, experts(x, *weights(), routing, **how))
 
 
 @pytest.mark.parametrize("form", [FP8_BLOCK, MXFP4], ids=str)

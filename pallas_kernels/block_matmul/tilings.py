@@ -28,6 +28,7 @@ FAR = {"m": 8, "rows": 4}  # see `choose`
 CONSUMERS = 2
 ACCUMULATOR_REGISTERS = 96  # of a thread, for what is worth a try: the rest holds addresses and scales
 LEAST_FINISHED = 16  # columns that a consumer stores: a swizzled tile of at least 32 bytes a row
+CONSUMER_COLUMNS = (32, 64, 128)
 
 
 class TableError(ValueError):
@@ -178,8 +179,8 @@ def many_rows_reason(tiling: ManyRows, problem: Problem) -> str | None:
         return f"blocks of {problem.rows} rows, tiles of {tiling.tile_m}"
     if down > 1 and (in_blocks or -(-problem.m // tiling.tile_m) % down):
         return f"{problem.m} rows are no whole clusters of {down} tiles, or in blocks of an expert each"
-    if rows % WGMMA_ROWS or BLOCK % columns or columns % WGMMA_ROWS:
-        return f"{rows} x {columns} for each consumer: rows of 64, columns 64 or 128"
+    if rows % WGMMA_ROWS or columns not in CONSUMER_COLUMNS:
+        return f"{rows} x {columns} for each consumer: rows of 64, columns 32, 64 or 128"
     if tiling.shares > 1 and (tiling.cluster > 1 or columns < LEAST_FINISHED * tiling.shares):
         return f"{tiling.shares} shares: no other cluster, and {LEAST_FINISHED} columns or more for each to finish"
     if problem.weights > 1 and not by_rows:

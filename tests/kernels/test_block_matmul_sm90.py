@@ -25,6 +25,8 @@ MANY = [
     (ManyRows(64, 128, 2, "columns", shares=2), (128, 256, 512)),
     (ManyRows(64, 128, 2, "columns", shares=4), (64, 128, 512)),
     (ManyRows(128, 128, 3, "rows", blocks=2, in_flight=2, shares=4), (128, 256, 1024)),
+    (ManyRows(64, 64, 4, "columns", blocks=2, in_flight=2, cluster=2), (128, 128, 512)),
+    (ManyRows(128, 32, 4, "rows", blocks=2, in_flight=2, cluster=2, cluster_along="columns"), (128, 192, 256)),
 ]
 FEW = [
     (FewRows(blocks=2, stages=3, warpgroups=1), (8, 192, 768)),

@@ -87,6 +87,9 @@ def weight_only_tiling(
 ) -> WeightOnly | None:
     """Of weight_only_sm90, as measured nearby or by its model of time; None where none fits.
 
+    batch_invariant: of those alone that add in one order, by the model unless it is this problem that was measured:
+    of problems nearby, those that share out K are the fast ones.
+
     problem: its experts are groups of columns of x, each with rows of the weight of its own. how: what
     `weight_only_reason` takes.
     """
@@ -94,7 +97,10 @@ def weight_only_tiling(
     def fits(tiling: WeightOnly) -> bool:
         return weight_only_reason(tiling, problem, **how) is None and (not batch_invariant or in_one_order(tiling))
 
-    entry = choose(load(table).get("weight_only", ()), problem, fits)
+    entries = load(table).get("weight_only", ())
+    if batch_invariant:
+        entries = [entry for entry in entries if entry.problem == problem]
+    entry = choose(entries, problem, fits)
     return entry.tiling if entry else next(iter(weight_only_tilings(problem, fits, how.get("out_bytes", 2))), None)
 
 

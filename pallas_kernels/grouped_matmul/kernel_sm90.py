@@ -14,6 +14,7 @@ products alone.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def _quantised(
     return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered)
 
 
-def _multiply(values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None):
+def _multiply(values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None) -> Any:
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}
     if epilogue is not None:

@@ -20,7 +20,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic.launch import compiler_params
+from pallas_kernels.mosaic.launch import compiler_params, store_narrow
 from pallas_kernels.mosaic.warp import WARP
 from pallas_kernels.router.tiling import LANES, ROUND, Tiles
 from pallas_kernels.router.token_sm90 import Rules, clear, ordered, scored
@@ -77,7 +77,7 @@ def choose(
                 for begin in range(0, logits.shape[1], experts)
             ]
             score = scored(sum(terms[1:], terms[0]), rules.scoring, functools.partial(spread, layout))
-            scores_gmem[held] = score
+            store_narrow(scores_gmem, held, score)
             if given is None:
                 chosen = best(ordered(score if bias_of is None else score + bias_of), k)
             else:

@@ -84,10 +84,12 @@ def experts(
         # Where a tile has whole groups of channels, hidden rows are quantised by the kernel that they come from.
         at_once = x.dtype == jnp.bfloat16 and isinstance(gate_up, ManyRows) and makes_codes(gate_up)
         made = multiply(*gathered, (w1, w3), gate_up, activations if at_once else x.dtype, epilogue=activate)
-        if not at_once:
+        if at_once:
+            codes, scale = made
+        else:
             again = quantize_rows(made, activations, tokens_last=isinstance(down, FewRows))
-            made = again.values, scale_bytes(again.scale)
-        out = multiply(*made, (w2,), down, x.dtype)
+            codes, scale = again.values, scale_bytes(again.scale)
+        out = multiply(codes, scale, (w2,), down, x.dtype)
     return combine(out, blocks.place)
 
 

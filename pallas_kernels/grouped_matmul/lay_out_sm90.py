@@ -4,7 +4,8 @@ A thread block has some neighbouring blocks of rows. Its first warp adds up how 
 each have, from their counts; then a thread has a row: it finds its expert by bisection, and its token and routing
 weight by the order of rows that the router has sorted. XLA makes a dozen launches of this.
 
-Bound: the latencies of a launch, of three loads that depend on one another, and of the sums, some 2.5 us.
+Bound: the latencies of a launch, of three loads that depend on one another, and of the sums. An H200 takes 1.9 us for
+16 tokens, where XLA's dozen took 10, and 2.2 for 128.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract; Mosaic's Python is not typed for

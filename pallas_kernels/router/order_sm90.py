@@ -4,7 +4,8 @@ A row's place is behind all rows of lower experts, those of its expert in earlie
 A thread block has a tile. Its warpgroup adds up the counts of all tiles and of those before, the first warp adds up
 lower experts and then goes through the rows, 32 at a time: MATCH finds the lanes with the same expert.
 
-Bound: the latency of loading the counts, some twenty loads one behind the other, and 150 cycles for every 32 rows.
+Bound: the latency of loading the counts, nine loads one behind the other for 132 tiles, and of a step for every 32
+rows of a tile. 24576 rows of 256 experts take an H200 5.4 us.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract; Mosaic's Python is not typed for

@@ -39,7 +39,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
-from pallas_kernels.block_matmul.results_sm90 import Codes, Plain
+from pallas_kernels.block_matmul.results_sm90 import Codes, Plain, makes_codes
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.scales_sm90 import TileScales, factor, of_word
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
@@ -92,6 +92,7 @@ def many_rows(
     steps = cut.steps
     launched = clusters(cluster * tiling.shares, cut.row_tiles * cut.column_tiles // cluster)
     shares = Shares(tiling.shares, cut.parts * count, WGMMA_ROWS, cut.finished, CONSUMERS, launched)
+    assert not isinstance(out_dtype, QuantFormat) or makes_codes(tiling), f"{tiling} has no whole groups of columns"
     results = Codes(cut, out_dtype) if isinstance(out_dtype, QuantFormat) else Plain(cut, out_dtype)
     assert cut.across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
     once = a_scale.ndim == 1  # scales multiply finished sums

@@ -35,6 +35,7 @@ def combine(rows: jax.Array, place: jax.Array | np.ndarray) -> jax.Array:
     layout = plgpu.Layout.WG_STRIDED((part,), vec_size=part // WARPGROUP)
 
     known = isinstance(place, np.ndarray)
+    assert tokens == 1 or not known, f"places of {tokens} tokens are looked up"
 
     def kernel(rows_gmem, place_gmem, y_gmem):
         token, columns = lax.axis_index("token"), pl.ds(lax.axis_index("part") * part, part)

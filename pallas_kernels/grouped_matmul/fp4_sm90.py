@@ -20,9 +20,9 @@ to take the stage in four passes, each with one group of every row and zeros for
 token's sum is the same whatever other tokens are present, and however many of them a block has.
 
 Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. Few rows run at the speed of
-memory once every multiprocessor has tiles: gate and up of 256 experts of 3 rows 570 us on an H200, down 289, 4.0 TB/s. Many do
-not: of 112 rows, a consumer's warp issues 275 instructions for a product of 64 x 112 x 128, 72 of them integer ones at
-half rate to look codes up and 112 to add. Two such warps share a scheduler, and each mostly waits for itself.
+memory once every multiprocessor has tiles: gate and up of 256 experts of 3 rows 570 us on an H200, down 289, 4.0 TB/s.
+Many do not: of 112 rows, a consumer's warp issues 275 instructions for a product of 64 x 112 x 128, 72 of them integer
+ones at half rate to look codes up and 112 to add. Two such warps share a scheduler, and each mostly waits for itself.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

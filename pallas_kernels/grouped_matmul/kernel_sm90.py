@@ -1,10 +1,10 @@
 """A whole layer of FP8 or MXFP4 experts on Hopper: gather, gate and up with SwiGLU, re-quantise, down, combine.
 
 Rows are laid out in blocks of one expert each, padded to whole blocks (lay_out_sm90.py), so that a block reads one
-expert's weights, writes where no other does, and no expert that was not hit is read. Of FP8 weights, few rows a block run on
-block_matmul's decode kernel, many on its tiled one; of MXFP4 weights, all on fp4_sm90.py. The routing weight multiplies
-before the second projection, whose input is rounded to 1x128 FP8 again; its rows are summed per token in float32, in
-the order of the token's experts.
+expert's weights, writes where no other does, and no expert that was not hit is read. Of FP8 weights, few rows a block
+run on block_matmul's decode kernel, many on its tiled one; of MXFP4 weights, all on fp4_sm90.py. The routing weight
+multiplies before the second projection, whose input is rounded to 1x128 FP8 again; its rows are summed per token in
+float32, in the order of the token's experts.
 
 Bound: the weights of the experts that are hit, or their FLOPs. On an H200, 256 experts [2048, 4096], six a token, 1 /
 16 / 128 / 4096 tokens: 48 / 476 / 1434 / 1971 us, 65 / 89 / 89 / 69 % of the bytes' limit, 0.97 to 1.14 of its two

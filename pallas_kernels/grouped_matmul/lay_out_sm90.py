@@ -28,9 +28,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
 
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
+from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params
-from pallas_kernels.mosaic.warp import WARP, before, kind, lane, number, thread
+from pallas_kernels.mosaic.warp import WARP, before, element, lane, thread
 from pallas_kernels.router import Routing
 
 THREADS = 128
@@ -56,6 +57,7 @@ def lay_out(routing: Routing, rows: int) -> Blocks:
     tokens, k = routing.experts.shape
     if tokens == 1:
         return of_one_token(routing, rows)
+    assert 0 < rows <= THREADS, f"blocks of {rows} rows: {THREADS} at most"
     choices, count, each = tokens * k, len(routing.counts), THREADS // rows
     parts = -(-(choices // rows + min(count, choices)) // each)
     most = parts * each
@@ -82,7 +84,11 @@ def lay_out(routing: Routing, rows: int) -> Blocks:
         grid_names=("part",),
         compiler_params=compiler_params(),
         scratch_types=[plgpu.SMEM((3, count), jnp.int32)],
-    )(routing.counts, routing.order, routing.weights.reshape(-1))
+    )(
+        routing.counts.astype(jnp.int32),
+        routing.order.astype(jnp.int32),
+        routing.weights.reshape(-1).astype(jnp.float32),
+    )
     return Blocks(RowBlocks(expert, real), place.reshape(tokens, k), token, factors)
 
 
@@ -132,33 +138,33 @@ def _run(part: jax.Array, arrays: list[Any], smem: Any, rows: int, k: int) -> No
     def run(_ctx: Any, *operands: Any) -> None:
         counts, order, weights, expert_gmem, real, place, token, factors, smem, part = operands
         part = part.registers.item()
-        ends, moved, rows_ends = (_element(smem, number(i * count)) for i in range(3))
-        is_first = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread(), number(WARP)))
+        ends, moved, rows_ends = (element(smem, constant(i * count)) for i in range(3))
+        is_first = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread(), constant(WARP)))
         with ir.InsertionPoint(is_first.then_block):
             _add_up(counts, (ends, moved, rows_ends), count, rows)
             scf.yield_([])
         utils.warpgroup_barrier()
-        has_row = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread(), number(each * rows)))
+        has_row = scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread(), constant(each * rows)))
         with ir.InsertionPoint(has_row.then_block):
-            row = arith.addi(arith.muli(part, number(each * rows)), thread())
-            block = arith.divui(row, number(rows))
-            expert = arith.minui(_ended(ends, block, count), number(count - 1))
+            row = arith.addi(arith.muli(part, constant(each * rows)), thread())
+            block = arith.divui(row, constant(rows))
+            expert = arith.minui(_ended(ends, block, count), constant(count - 1))
             source = arith.addi(row, _load(moved, expert))
             filled = arith.cmpi(arith.CmpIPredicate.slt, source, _load(rows_ends, expert))
-            choice = _loaded(order, source, filled, number(0))
-            weight = _loaded(weights, choice, filled, number(0))
-            of_row = arith.select(filled, arith.divui(choice, number(k)), number(choices // k))
-            begins = arith.cmpi(arith.CmpIPredicate.eq, arith.muli(block, number(rows)), row)
+            choice = _loaded(order, source, filled, constant(0))
+            weight = _loaded(weights, choice, filled, constant(0))
+            of_row = arith.select(filled, arith.divui(choice, constant(k)), constant(choices // k))
+            begins = arith.cmpi(arith.CmpIPredicate.eq, arith.muli(block, constant(rows)), row)
             always = arith.constant(ir.IntegerType.get_signless(1), 1)
-            first = arith.cmpi(arith.CmpIPredicate.eq, row, number(0))
+            first = arith.cmpi(arith.CmpIPredicate.eq, row, constant(0))
             for ref, index, value, when in (
                 (token, row, of_row, always),
                 (factors, row, weight, always),
                 (place, choice, row, filled),
                 (expert_gmem, block, expert, begins),
-                (real, number(0), _load(ends, number(count - 1)), first),
+                (real, constant(0), _load(ends, constant(count - 1)), first),
             ):
-                args = [_element(ref, index), value, when]
+                args = [element(ref, index), value, when]
                 llvm.inline_asm(None, args, "@$2 st.global.b32 [$0], $1;", "l,r,b,~{memory}", has_side_effects=True)
             scf.yield_([])
 
@@ -168,17 +174,17 @@ def _run(part: jax.Array, arrays: list[Any], smem: Any, rows: int, k: int) -> No
 def _add_up(counts: ir.Value, to: tuple[ir.Value, ...], count: int, rows: int) -> None:
     """By one warp, for every expert: blocks up to it, how far its rows have moved back, and rows up to it."""
     each = -(-count // WARP)
-    first = arith.muli(lane(), number(each))
-    at = [arith.addi(first, number(i)) for i in range(each)]
-    exist = [arith.cmpi(arith.CmpIPredicate.ult, i, number(count)) for i in at]
-    own = [_loaded(counts, i, there, number(0)) for i, there in zip(at, exist, strict=True)]
-    blocks = [arith.divui(arith.addi(one, number(rows - 1)), number(rows)) for one in own]
+    first = arith.muli(lane(), constant(each))
+    at = [arith.addi(first, constant(i)) for i in range(each)]
+    exist = [arith.cmpi(arith.CmpIPredicate.ult, i, constant(count)) for i in at]
+    own = [_loaded(counts, i, there, constant(0)) for i, there in zip(at, exist, strict=True)]
+    blocks = [arith.divui(arith.addi(one, constant(rows - 1)), constant(rows)) for one in own]
     rows_end, blocks_end = (before(_sum(some)) for some in (own, blocks))
     for i, there, of_rows, of_blocks in zip(at, exist, own, blocks, strict=True):
-        moved = arith.subi(rows_end, arith.muli(blocks_end, number(rows)))
+        moved = arith.subi(rows_end, arith.muli(blocks_end, constant(rows)))
         rows_end, blocks_end = arith.addi(rows_end, of_rows), arith.addi(blocks_end, of_blocks)
         for ref, value in zip(to, (blocks_end, moved, rows_end), strict=True):
-            address = llvm.ptrtoint(kind(), utils.getelementptr(ref, [i], kind()))
+            address = llvm.ptrtoint(i32(), utils.getelementptr(ref, [i], i32()))
             text = "@$2 st.shared.b32 [$0], $1;"
             llvm.inline_asm(None, [address, value, there], text, "r,r,b,~{memory}", has_side_effects=True)
 
@@ -192,26 +198,22 @@ def _sum(values: list[ir.Value]) -> ir.Value:
 
 def _ended(ends: ir.Value, block: ir.Value, count: int) -> ir.Value:
     """How many experts' blocks end before `block` or with it: ends never fall."""
-    found = number(0)
+    found = constant(0)
     for step in (1 << i for i in reversed(range(count.bit_length()))):
-        following = arith.addi(found, number(step))
-        last = arith.minui(following, number(count))
-        ended = arith.cmpi(arith.CmpIPredicate.ule, _load(ends, arith.subi(last, number(1))), block)
-        there = arith.cmpi(arith.CmpIPredicate.ule, following, number(count))
+        following = arith.addi(found, constant(step))
+        last = arith.minui(following, constant(count))
+        ended = arith.cmpi(arith.CmpIPredicate.ule, _load(ends, arith.subi(last, constant(1))), block)
+        there = arith.cmpi(arith.CmpIPredicate.ule, following, constant(count))
         found = arith.select(arith.andi(ended, there), following, found)
     return found
 
 
 def _load(pointer: ir.Value, index: ir.Value) -> ir.Value:
-    return llvm.load(kind(), utils.getelementptr(pointer, [index], kind()), alignment=4)
+    return llvm.load(i32(), utils.getelementptr(pointer, [index], i32()), alignment=4)
 
 
 def _loaded(ref: ir.Value, index: ir.Value, when: ir.Value, other: ir.Value) -> ir.Value:
     """ref[index] in device memory, `other` and no access where not `when`."""
     text = "{ mov.b32 $0, $3; @$2 ld.global.b32 $0, [$1]; }"
-    args = [_element(ref, index), when, other]
-    return llvm.inline_asm(kind(), args, text, "=&r,l,b,r", has_side_effects=True)
-
-
-def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
-    return utils.getelementptr(utils.memref_ptr(ref), [index], kind())
+    args = [element(ref, index), when, other]
+    return llvm.inline_asm(i32(), args, text, "=&r,l,b,r", has_side_effects=True)

@@ -9,6 +9,8 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.mosaic.addresses import constant, i32
+
 WARP, WARPS = 32, 4
 
 
@@ -18,7 +20,7 @@ def before(x: ir.Value) -> ir.Value:
     for distance in (1, 2, 4, 8, 16):
         text = """{ .reg .pred p; .reg .b32 r; shfl.sync.up.b32 r|p, $1, $2, 0, 0xffffffff;
             @!p mov.b32 r, 0; add.u32 $0, $1, r; }"""
-        total = llvm.inline_asm(kind(), [total, number(distance)], text, "=r,r,r", has_side_effects=True)
+        total = llvm.inline_asm(i32(), [total, constant(distance)], text, "=r,r,r", has_side_effects=True)
     return arith.subi(total, x)
 
 
@@ -28,21 +30,18 @@ def sync_warp() -> None:
 
 def thread() -> ir.Value:
     """Of the warpgroup."""
-    return arith.remui(utils.thread_idx(), number(WARPS * WARP))
+    return arith.remui(utils.thread_idx(), constant(WARPS * WARP))
 
 
 def warp() -> ir.Value:
     """Of the warpgroup."""
-    return arith.shrui(thread(), number(5))
+    return arith.shrui(thread(), constant(5))
 
 
 def lane() -> ir.Value:
-    return arith.andi(utils.thread_idx(), number(WARP - 1))
+    return arith.andi(utils.thread_idx(), constant(WARP - 1))
 
 
-def number(value: int) -> ir.Value:
-    return utils.c(value, kind())
-
-
-def kind() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
+def element(ref: ir.Value, index: ir.Value) -> ir.Value:
+    """Pointer to an element of four bytes."""
+    return utils.getelementptr(utils.memref_ptr(ref), [index], i32())

@@ -29,9 +29,9 @@ def router(
     """Routes N tokens, all in float32.
 
     scoring: sqrtsoftplus, sigmoid or softmax of x @ weight.T. bias: added for the choice only, not to the weights.
-    experts: given (hash routing) or None (the k best by score + bias; ties to the lower expert). normalize: divide
-    the chosen scores by their sum (never with softmax). scale: multiplies the weights at the end. Raises ValueError
-    where shapes do not fit.
+    experts: given (hash routing), of 0 to E - 1, or None (the k best by score + bias; ties to the lower expert).
+    normalize: divide the chosen scores by their sum (never with softmax). scale: multiplies the weights at the end.
+    Raises ValueError where shapes do not fit.
     """
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight has shape {weight.shape}: x has {x.shape[1]} channels")

@@ -1,6 +1,6 @@
 """Scores, choice and weights of many tokens on Hopper, a warp each, from terms of their logits.
 
-A lane has four neighbouring experts of every 128. A thread block has a tile of tokens, of which its four warpgroups
+A lane has some neighbouring experts. A thread block has a tile of tokens, of which its four warpgroups
 take 16 at a time; each counts how often an expert is chosen in shared memory, and one adds these up.
 
 Bound: (terms + 1) 4 E N bytes / 3.35 TB/s, and the latency of a choice for every 16 tokens of a tile. 4096 tokens of
@@ -22,12 +22,12 @@ from jax import lax
 
 from pallas_kernels.mosaic.launch import compiler_params, store_narrow
 from pallas_kernels.mosaic.warp import WARP
-from pallas_kernels.router.tiling import LANES, ROUND, Tiles
-from pallas_kernels.router.token_sm90 import Rules, clear, ordered, scored
+from pallas_kernels.router.tiling import LANES, ROUND, Tiles, padded_experts
+from pallas_kernels.router.token_sm90 import Rules, clear, keys_of, scored
 from pallas_kernels.router.token_warps_sm90 import (
     CHOICES,
     TOKENS,
-    best,
+    best_of_each,
     given_of,
     look_up,
     of_experts,
@@ -43,15 +43,16 @@ def choose(
     bias: jax.Array | None,
     given: jax.Array | None,
     tokens: int,
-    experts: int,
+    exist: int,
     rules: Rules,
     cut: Tiles,
 ) -> tuple[jax.Array, ...]:
     """Experts and weights [P, k], scores [P, E], and how many rows each tile has of an expert, int32 [tiles, E].
 
     logits [P, terms * E] and given int32 [P, k] of P tokens, a multiple of 4, of which the first `tokens` count.
+    exist: experts, of which E is the next multiple of 128.
     """
-    (padded, _), k = logits.shape, rules.k
+    (padded, _), k, experts = logits.shape, rules.k, padded_experts(exist)
     layout = of_experts(experts)
 
     def kernel(
@@ -79,7 +80,8 @@ def choose(
             score = scored(sum(terms[1:], terms[0]), rules.scoring, functools.partial(spread, layout))
             store_narrow(scores_gmem, held, score)
             if given is None:
-                chosen = best(ordered(score if bias_of is None else score + bias_of), k)
+                expert = plgpu.broadcasted_iota(jnp.int32, score.shape, 1, layout=layout)
+                chosen = best_of_each(keys_of(score, bias_of, expert, exist), k)
             else:
                 chosen = given_of(given_gmem, first, k)
             weight = look_up(scores_of, score, chosen)

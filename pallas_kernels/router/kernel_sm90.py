@@ -52,7 +52,7 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     (tokens, columns), count = x.shape, len(weight)
     cut = share(tokens, count, columns, INTERPRETED_BLOCKS if is_interpreted() else sm_count())
     run = interpreted if is_interpreted() else launched
-    routing = run(Plan(tokens, columns, count, weight.dtype.itemsize, rules, cut), x, weight, bias, experts)
+    routing = run(Plan(tokens, columns, count, exist, weight.dtype.itemsize, rules, cut), x, weight, bias, experts)
     return routing._replace(scores=routing.scores[:, :exist], counts=routing.counts[:exist])
 
 
@@ -63,6 +63,7 @@ class Plan:
     tokens: int
     columns: int
     experts: int
+    exist: int
     weight_bytes: int
     rules: Rules
     cut: Share
@@ -111,7 +112,7 @@ def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routin
         def choose_one(token: Any) -> list[jax.Array]:
             outs = experts_gmem, weights_gmem, scores_gmem, chosen_words
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
-            how = {"rules": plan.rules, "parts": plan.cut.parts}
+            how = {"rules": plan.rules, "parts": plan.cut.parts, "exist": plan.exist}
             with jax.named_scope("choose"):
                 return choose(token, logits_words, bias_gmem, given_gmem, *outs, **buffers, **how)
 
@@ -157,7 +158,8 @@ def interpreted(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Rou
     )  # fmt: skip
 
     def choose_all(*refs: Any, **scratch: Any) -> None:
-        each_token(plan.tokens, lambda token: choose(token, *refs, **scratch, rules=plan.rules, parts=plan.cut.parts))
+        how = {"rules": plan.rules, "parts": plan.cut.parts, "exist": plan.exist}
+        each_token(plan.tokens, lambda token: choose(token, *refs, **scratch, **how))
 
     def place_all(words_gmem: Any, *refs: Any, bins_smem: Any, **scratch: Any) -> None:
         if plan.tokens == 1:

@@ -34,7 +34,7 @@ def router(x: jax.Array, weight: jax.Array, bias: jax.Array | None, experts: jax
     cut, padding = tiles(tokens), ((0, -tokens % TOKENS), (0, 0))
     given = None if experts is None else jnp.pad(experts, padding)
     logits = products(jnp.pad(x, padding), weight)
-    *chosen, counts = choose_sm90.choose(logits, bias, given, tokens, len(weight), rules, cut)
+    *chosen, counts = choose_sm90.choose(logits, bias, given, tokens, exist, rules, cut)
     experts, weights, scores = (of_all[:tokens] for of_all in chosen)
     order, counts = order_sm90.order(experts, counts, cut.tokens * rules.k)
     return Routing(experts, weights, scores[:, :exist], counts[:exist], order)

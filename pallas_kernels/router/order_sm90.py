@@ -22,13 +22,13 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, math, scf
 
+from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params
-from pallas_kernels.mosaic.warp import WARP, before, kind, lane, number, sync_warp, warp
+from pallas_kernels.mosaic.warp import WARP, before, element, lane, sync_warp, warp
 from pallas_kernels.router.tiling import LANES
 from pallas_kernels.router.warps_sm90 import keep
 from pallas_kernels.router.words_sm90 import lanes
@@ -106,16 +106,16 @@ def rank(
 
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT(())))
     def run(_ctx: Any, experts: ir.Value, order: ir.Value, total: ir.Value, earlier: ir.Value, start: Any) -> None:
-        first_warp = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp(), number(0)))
+        first_warp = scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, warp(), constant(0)))
         with ir.InsertionPoint(first_warp.then_block):
             _start_places(total, earlier, each)
             begin = start.registers.item()
-            end = arith.minsi(arith.addi(begin, number(of_tile)), number(rows))
-            step = number(ahead * WARP)
+            end = arith.minsi(arith.addi(begin, constant(of_tile)), constant(rows))
+            step = constant(ahead * WARP)
             loop = scf.ForOp(begin, end, step)
             with ir.InsertionPoint(loop.body):
                 own = arith.addi(loop.induction_variable, lane())
-                at = [arith.addi(own, number(WARP * j)) for j in range(ahead)]
+                at = [arith.addi(own, constant(WARP * j)) for j in range(ahead)]
                 found = [_load(experts, i, end, count) for i in at]
                 for i, expert in zip(at, found, strict=True):
                     _place(order, earlier, i, end, expert)
@@ -127,16 +127,16 @@ def rank(
 
 def _start_places(total: ir.Value, earlier: ir.Value, each: int) -> None:
     """earlier[e] += the sum of total below e, by one warp: a lane has `each` neighbours."""
-    first = arith.muli(lane(), number(each))
-    at = [arith.addi(first, number(i)) for i in range(each)]
-    own = [llvm.load(kind(), _element(total, i), alignment=4) for i in at]
-    sums = number(0)
+    first = arith.muli(lane(), constant(each))
+    at = [arith.addi(first, constant(i)) for i in range(each)]
+    own = [llvm.load(i32(), element(total, i), alignment=4) for i in at]
+    sums = constant(0)
     for one in own:
         sums = arith.addi(sums, one)
     below = before(sums)
     for i, one in zip(at, own, strict=True):
-        place = _element(earlier, i)
-        llvm.store(arith.addi(llvm.load(kind(), place, alignment=4), below), place, alignment=4)
+        place = element(earlier, i)
+        llvm.store(arith.addi(llvm.load(i32(), place, alignment=4), below), place, alignment=4)
         below = arith.addi(below, one)
     sync_warp()
 
@@ -144,27 +144,23 @@ def _start_places(total: ir.Value, earlier: ir.Value, each: int) -> None:
 def _load(experts: ir.Value, i: ir.Value, end: ir.Value, nobody: int) -> ir.Value:
     """The expert of row i, `nobody` where there is no such row."""
     text = "{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, $4; @p ld.global.b32 $0, [$1]; }"
-    args = [_element(experts, i), i, end, number(nobody)]
-    return llvm.inline_asm(kind(), args, text, "=&r,l,r,r,r", has_side_effects=True)
+    args = [element(experts, i), i, end, constant(nobody)]
+    return llvm.inline_asm(i32(), args, text, "=&r,l,r,r,r", has_side_effects=True)
 
 
 def _place(order: ir.Value, next_: ir.Value, i: ir.Value, end: ir.Value, expert: ir.Value) -> None:
     """Stores row i of each lane where the next of its expert goes."""
-    same = llvm.inline_asm(kind(), [expert], "match.any.sync.b32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True)
-    below = llvm.inline_asm(kind(), [], "mov.u32 $0, %lanemask_lt;", "=r")
+    same = llvm.inline_asm(i32(), [expert], "match.any.sync.b32 $0, $1, 0xffffffff;", "=r,r", has_side_effects=True)
+    below = llvm.inline_asm(i32(), [], "mov.u32 $0, %lanemask_lt;", "=r")
     earlier = math.ctpop(arith.andi(same, below))
-    of_expert = _element(next_, expert)
-    base = llvm.load(kind(), of_expert, alignment=4)
+    of_expert = element(next_, expert)
+    base = llvm.load(i32(), of_expert, alignment=4)
     sync_warp()
     args = [of_expert, arith.addi(base, math.ctpop(same)), earlier]
     text = "{ .reg .pred p; setp.eq.u32 p, $2, 0; @p st.shared.b32 [$0], $1; }"
-    args[0] = llvm.ptrtoint(kind(), of_expert)
+    args[0] = llvm.ptrtoint(i32(), of_expert)
     llvm.inline_asm(None, args, text, "r,r,r,~{memory}", has_side_effects=True)
     sync_warp()
     text = "{ .reg .pred p; setp.lt.s32 p, $1, $2; @p st.global.b32 [$0], $1; }"
-    args = [_element(order, arith.addi(base, earlier)), i, end]
+    args = [element(order, arith.addi(base, earlier)), i, end]
     llvm.inline_asm(None, args, text, "l,r,r,~{memory}", has_side_effects=True)
-
-
-def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
-    return utils.getelementptr(utils.memref_ptr(ref), [index], kind())

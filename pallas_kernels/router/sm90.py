@@ -70,15 +70,13 @@ def router(
 
     rules = kernel_sm90.Rules(k, scoring, normalize, scale)
     run = (kernel_sm90 if len(x) <= FEW else many_sm90).router
-
-    def kernel(inputs: Any, constants: Any) -> Any:
-        x, weight = inputs
-        bias, experts = constants
-        return run(x, weight, bias, experts, rules)
+    given = None if experts is None else jnp.clip(experts, 0, len(weight) - 1)  # places in memory are made of them
+    fixed_x, fixed_weight = jax.lax.stop_gradient((x, weight))
+    found = run(fixed_x, fixed_weight, bias, given, rules)
 
     def smooth(inputs: Any, constants: Any) -> Any:
+        """Of the same choice: where two experts are nearly as good, another sum may have the other."""
         x, weight = inputs
-        bias, experts = constants
-        return reference.router(x, weight, bias, experts, **rules._asdict())
+        return reference.router(x, weight, None, constants.experts, **rules._asdict())
 
-    return straight_through(kernel, smooth)((x, weight), (bias, experts))  # pyright: ignore[reportReturnType]
+    return straight_through(lambda _, found: found, smooth)((x, weight), found)  # pyright: ignore[reportReturnType]

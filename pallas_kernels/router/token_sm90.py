@@ -33,14 +33,11 @@ class Rules(NamedTuple):
 
 
 def filled_up(weight: jax.Array, bias: jax.Array | None, count: int) -> tuple[jax.Array, jax.Array | None]:
-    """The matrix and bias with `count` experts. Those that are added are never chosen: even where all else is as low or
-    NaN, ties go to the lower expert."""
+    """The matrix and bias with `count` experts. Those that are added are never chosen, see `keys_of`."""
     extra = count - len(weight)
     if not extra:
         return weight, bias
-    if bias is None:
-        bias = jnp.zeros(len(weight), jnp.float32)
-    return jnp.pad(weight, ((0, extra), (0, 0))), jnp.pad(bias, (0, extra), constant_values=-jnp.inf)
+    return jnp.pad(weight, ((0, extra), (0, 0))), None if bias is None else jnp.pad(bias, (0, extra))
 
 
 def scratch(experts: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,9 +53,9 @@ def scratch(experts: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def choose(
     token, logits_words, bias_gmem, given_gmem, experts_gmem, weights_gmem, scores_gmem, chosen_words,
-    *, scores_smem, keys_smem, rules: Rules, parts: int,
+    *, scores_smem, keys_smem, rules: Rules, parts: int, exist: int,
 ) -> list[jax.Array]:  # fmt: skip
-    """Scores, experts and weights of a token."""
+    """Scores, experts and weights of a token. exist: experts, of which there are more where they are filled up."""
     tokens, count = scores_gmem.shape
     layout = lanes(count)
     expert = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
@@ -69,7 +66,7 @@ def choose(
     partial = [lax.bitcast_convert_type(words, jnp.float32) for words in found]
     score = scored(sum(partial[1:], partial[0]), rules.scoring)
     if given is None:
-        keep((scores_smem, score), (keys_smem, ordered(score if bias is None else score + bias)))
+        keep((scores_smem, score), (keys_smem, keys_of(score, bias, expert, exist)))
         chosen = best(keys_smem, rules.k)
     else:
         keep((scores_smem, score))
@@ -91,11 +88,16 @@ def choose(
     return chosen
 
 
-def ordered(x: jax.Array) -> jax.Array:
-    """Integers that are ordered as x is, NaN the largest as for lax.top_k."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)  # one zero
+def keys_of(score: jax.Array, bias: jax.Array | None, expert: jax.Array, exist: int) -> jax.Array:
+    """Integers that are ordered as score + bias is, NaN the largest as for lax.top_k; of no expert, the smallest.
+
+    expert: of each element. A token that is not finite has NaN for experts that only fill up.
+    """
+    biased = score if bias is None else score + bias
+    bits = lax.bitcast_convert_type(biased + 0.0, jnp.int32)  # one zero
     key = jnp.where(bits < 0, bits ^ LARGEST, bits)
-    return jnp.where(x != x, LARGEST, key)
+    key = jnp.where(biased != biased, LARGEST, key)
+    return key if exist == score.shape[-1] else jnp.where(expert < exist, key, -LARGEST - 1)
 
 
 def place(token, chosen_words, counts_gmem, order_gmem, *, sums_smem, bins_smem, rules: Rules, chosen=None) -> None:
@@ -137,7 +139,7 @@ def place_alone(chosen: list[jax.Array], counts_gmem, order_gmem) -> None:
 
 
 def clear(bins_smem) -> None:
-    """Before `place` counts."""
+    """Before rows are counted."""
     bins_smem[...] = plgpu.layout_cast(jnp.zeros(bins_smem.shape, jnp.int32), lanes(*bins_smem.shape))
 
 

@@ -22,8 +22,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.warp import WARP, kind, lane, number, sync_warp, warp
+from pallas_kernels.mosaic.warp import WARP, element, lane, sync_warp, warp
 from pallas_kernels.router.warps_sm90 import k_best
 
 TOKENS, EACH = 4, 4  # rows; numbers that a lane loads at a time
@@ -42,19 +43,19 @@ def _choices(dtype: Any) -> Any:
     return plgpu.ShapeDtypeStruct((TOKENS, WARP), jnp.dtype(dtype), layout=CHOICES)
 
 
-def best(keys: jax.Array, k: int) -> jax.Array:
+def best_of_each(keys: jax.Array, k: int) -> jax.Array:
     """int32 [4, 32]: the places of the k largest of int32 keys [4, E], in order; of equal ones the lower first."""
     if is_interpreted():
         return jnp.pad(lax.top_k(keys, k)[1], ((0, 0), (0, WARP - k)))
 
     @plgpu.inline_mgpu(arg_types=(of_experts(keys.shape[1]),), return_type=_choices(jnp.int32))
     def run(_ctx: Any, keys: Any) -> Any:
-        first = arith.muli(lane(), number(keys.shape[1] // WARP))
+        first = arith.muli(lane(), constant(keys.shape[1] // WARP))
         numbers = [vector.extract(four, [], [i]) for four in keys.registers.ravel() for i in range(EACH)]
-        held = [(key, arith.addi(first, number(i))) for i, key in enumerate(numbers)]
-        found = number(0)
+        held = [(key, arith.addi(first, constant(i))) for i, key in enumerate(numbers)]
+        found = constant(0)
         for j, place in enumerate(k_best(held, k)):
-            found = arith.select(arith.cmpi(arith.CmpIPredicate.eq, lane(), number(j)), place, found)
+            found = arith.select(arith.cmpi(arith.CmpIPredicate.eq, lane(), constant(j)), place, found)
         return _of_lanes(found, signed=True)
 
     return run(keys)
@@ -67,10 +68,10 @@ def given_of(given_gmem: Any, first: jax.Array, k: int) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=_choices(jnp.int32))
     def run(_ctx: Any, given: ir.Value, first: Any) -> Any:
-        address = _element(given, _place_of_choice(first, k))
+        address = element(given, _place_of_choice(first, k))
         load = "{ .reg .pred p; setp.lt.u32 p, $2, $3; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
-        args = [address, lane(), number(k)]
-        return _of_lanes(llvm.inline_asm(kind(), args, load, "=&r,l,r,r", has_side_effects=True), signed=True)
+        args = [address, lane(), constant(k)]
+        return _of_lanes(llvm.inline_asm(i32(), args, load, "=&r,l,r,r", has_side_effects=True), signed=True)
 
     return run(given_gmem, first)
 
@@ -87,14 +88,14 @@ def look_up(scores_smem: Any, scores: jax.Array, places: jax.Array) -> jax.Array
         return_type=_choices(jnp.float32),
     )
     def run(_ctx: Any, smem: ir.Value, scores: Any, places: Any) -> Any:
-        row = arith.muli(warp(), number(pitch))
-        own = arith.addi(row, arith.muli(lane(), number(pitch // WARP)))
+        row = arith.muli(warp(), constant(pitch))
+        own = arith.addi(row, arith.muli(lane(), constant(pitch // WARP)))
         sync_warp()
         for i, four in enumerate(scores.registers.ravel()):
-            llvm.store(four, _element(smem, arith.addi(own, number(i * EACH))), alignment=16)
+            llvm.store(four, element(smem, arith.addi(own, constant(i * EACH))), alignment=16)
         sync_warp()
         (place,) = (vector.extract(register, [], [0]) for register in places.registers.ravel())
-        return _of_lanes(llvm.load(ir.F32Type.get(), _element(smem, arith.addi(row, place)), alignment=4))
+        return _of_lanes(llvm.load(ir.F32Type.get(), element(smem, arith.addi(row, place)), alignment=4))
 
     return run(scores_smem, scores, places)
 
@@ -128,15 +129,15 @@ def write(
             [vector.extract(register, [], [0]) for register in x.registers.ravel()] for x in (experts, weights)
         )
         place = _place_of_choice(first, k)
-        exists = arith.cmpi(arith.CmpIPredicate.ult, lane(), number(k))
+        exists = arith.cmpi(arith.CmpIPredicate.ult, lane(), constant(k))
         for to, value, letter in ((to_experts, expert, "r"), (to_weights, weight, "f")):
-            args = [_element(to, place), value, exists]
+            args = [element(to, place), value, exists]
             store = "@$2 st.global.b32 [$0], $1;"
             llvm.inline_asm(None, args, store, f"l,{letter},b,~{{memory}}", has_side_effects=True)
         token = arith.addi(first.registers.item(), warp())
-        new = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.slt, token, number(tokens)))
+        new = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.slt, token, constant(tokens)))
         bin_ = arith.addi(
-            llvm.ptrtoint(kind(), utils.memref_ptr(bins)), arith.shli(arith.minui(expert, number(last)), number(2))
+            llvm.ptrtoint(i32(), utils.memref_ptr(bins)), arith.shli(arith.minui(expert, constant(last)), constant(2))
         )
         add = "@$1 red.shared.add.u32 [$0], 1;"
         llvm.inline_asm(None, [bin_, new], add, "r,b,~{memory}", has_side_effects=True)
@@ -147,14 +148,10 @@ def write(
 def _place_of_choice(first: Any, k: int) -> ir.Value:
     """Of the lane's choice of the warp's token, the first of the four being `first`, a lane beyond k having none."""
     token = arith.addi(first.registers.item(), warp())
-    return arith.addi(arith.muli(token, number(k)), lane())
+    return arith.addi(arith.muli(token, constant(k)), lane())
 
 
 def _of_lanes(value: ir.Value, signed: bool | None = None) -> Any:
     registers = np.empty(CHOICES.to_mgpu().registers_shape((TOKENS, WARP)), dtype=object)
     registers.flat = [vector.from_elements(ir.VectorType.get((1,), value.type), [value])]
     return mgpu.FragmentedArray(_registers=registers, _layout=CHOICES.to_mgpu(), _is_signed=signed)
-
-
-def _element(ref: ir.Value, index: ir.Value) -> ir.Value:
-    return utils.getelementptr(utils.memref_ptr(ref), [index], kind())

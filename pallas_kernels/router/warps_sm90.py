@@ -23,8 +23,9 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.warp import WARP, WARPS, kind, lane, number, thread, warp
+from pallas_kernels.mosaic.warp import WARP, WARPS, lane, thread, warp
 from pallas_kernels.router.words_sm90 import lanes
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
@@ -42,8 +43,8 @@ def best(keys_smem: Any, k: int) -> list[jax.Array]:
         return_type=[plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SCALAR)] * k,
     )
     def run(_ctx: Any, keys: ir.Value) -> list[Any]:
-        first = arith.muli(lane(), number(each))
-        held = [(key, arith.addi(first, number(i))) for i, key in enumerate(_load(keys, first, each))]
+        first = arith.muli(lane(), constant(each))
+        held = [(key, arith.addi(first, constant(i))) for i, key in enumerate(_load(keys, first, each))]
         return [mgpu.FragmentedArray.splat(place, (), is_signed=True) for place in k_best(held, k)]
 
     return run(keys_smem)
@@ -54,21 +55,21 @@ def k_best(held: list[tuple[ir.Value, ir.Value]], k: int) -> list[ir.Value]:
     own = []
     for key, place in held:
         upper = arith.shli(arith.extui(_i64(), key), utils.c(32, _i64()))
-        own.append(arith.ori(upper, arith.extui(_i64(), arith.xori(place, number(-1)))))
+        own.append(arith.ori(upper, arith.extui(_i64(), arith.xori(place, constant(-1)))))
     _sort_down(own)
     own = own[:k]  # no lane has more to give
-    lower_lanes = llvm.inline_asm(kind(), [], "mov.u32 $0, %lanemask_lt;", "=r")
+    lower_lanes = llvm.inline_asm(i32(), [], "mov.u32 $0, %lanemask_lt;", "=r")
     chosen = []
     for _ in range(k):
         key, place = _halves(own[0])
         here = arith.cmpi(arith.CmpIPredicate.eq, key, _redux("max.s32", key))
-        found = _redux("max.u32", arith.select(here, place, number(0)))
+        found = _redux("max.u32", arith.select(here, place, constant(0)))
         # The lane of `found`, which is the first that has such a key, without waiting for it.
         before = arith.andi(_ballot(here), lower_lanes)
-        mine = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, before, number(0)))
+        mine = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, before, constant(0)))
         following = [*own[1:], utils.c(-(2**63), _i64())]  # below any number's key
         own = [arith.select(mine, then, now) for then, now in zip(following, own, strict=True)]
-        chosen.append(arith.xori(found, number(-1)))
+        chosen.append(arith.xori(found, constant(-1)))
     return chosen
 
 
@@ -90,7 +91,7 @@ def keep(*stored: tuple[Any, jax.Array]) -> None:
     def run(_ctx: Any, refs: list[ir.Value], vectors: list[Any]) -> None:
         for ref, x in zip(refs, vectors, strict=True):
             for i, register in enumerate(x.registers.ravel()):
-                at = arith.addi(thread(), number(i * WARPS * WARP))
+                at = arith.addi(thread(), constant(i * WARPS * WARP))
                 address = utils.getelementptr(utils.memref_ptr(ref), [at], x.mlir_dtype)
                 llvm.store(vector.extract(register, [], [0]), address, alignment=4)
         utils.warpgroup_barrier()
@@ -110,21 +111,21 @@ def totals(vectors: list[jax.Array], sums_smem: Any) -> list[jax.Array]:
         return_type=[plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=SCALAR)] * len(vectors),
     )
     def run(_ctx: Any, sums: ir.Value, vectors: list[Any]) -> list[Any]:
-        leader = arith.cmpi(arith.CmpIPredicate.eq, lane(), number(0))
-        base = llvm.ptrtoint(kind(), utils.memref_ptr(sums))
-        own = arith.addi(base, arith.muli(warp(), number(4 * stride)))
+        leader = arith.cmpi(arith.CmpIPredicate.eq, lane(), constant(0))
+        base = llvm.ptrtoint(i32(), utils.memref_ptr(sums))
+        own = arith.addi(base, arith.muli(warp(), constant(4 * stride)))
         for i, x in enumerate(vectors):
             (register,) = x.registers.ravel()
             total = _redux("add.s32", vector.extract(register, [], [0]))
-            args = [arith.addi(own, number(4 * i)), total, leader]
+            args = [arith.addi(own, constant(4 * i)), total, leader]
             llvm.inline_asm(None, args, "@$2 st.shared.b32 [$0], $1;", "r,r,b,~{memory}", has_side_effects=True)
         utils.warpgroup_barrier()
         found = []
         for i in range(len(vectors)):
             total = None
             for other in range(WARPS):
-                args = [arith.addi(base, number(4 * (other * stride + i)))]
-                part = llvm.inline_asm(kind(), args, "ld.shared.b32 $0, [$1];", "=r,r", has_side_effects=True)
+                args = [arith.addi(base, constant(4 * (other * stride + i)))]
+                part = llvm.inline_asm(i32(), args, "ld.shared.b32 $0, [$1];", "=r,r", has_side_effects=True)
                 total = part if total is None else arith.addi(total, part)
             found.append(mgpu.FragmentedArray.splat(total, (), is_signed=True))
         return found
@@ -145,11 +146,11 @@ def count(bins_smem: Any, vectors: list[jax.Array]) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [layout] * len(vectors)))
     def run(_ctx: Any, bins: ir.Value, vectors: list[Any]) -> None:
-        base = llvm.ptrtoint(kind(), utils.memref_ptr(bins))
+        base = llvm.ptrtoint(i32(), utils.memref_ptr(bins))
         for x in vectors:
             (register,) = x.registers.ravel()
-            place = arith.minui(vector.extract(register, [], [0]), number(last))
-            address = arith.addi(base, arith.shli(place, number(2)))
+            place = arith.minui(vector.extract(register, [], [0]), constant(last))
+            address = arith.addi(base, arith.shli(place, constant(2)))
             llvm.inline_asm(None, [address], "red.shared.add.u32 [$0], 1;", "r,~{memory}", has_side_effects=True)
         utils.warpgroup_barrier()
 
@@ -159,8 +160,8 @@ def count(bins_smem: Any, vectors: list[jax.Array]) -> None:
 def _load(keys: ir.Value, first: ir.Value, each: int) -> list[ir.Value]:
     found = []
     for i in range(0, each, 4):
-        address = utils.getelementptr(utils.memref_ptr(keys), [arith.addi(first, number(i))], kind())
-        four = llvm.load(ir.VectorType.get((4,), kind()), address, alignment=16)
+        address = utils.getelementptr(utils.memref_ptr(keys), [arith.addi(first, constant(i))], i32())
+        four = llvm.load(ir.VectorType.get((4,), i32()), address, alignment=16)
         found += [vector.extract(four, [], [j]) for j in range(4)]
     return found
 
@@ -189,7 +190,7 @@ def comparators(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _halves(x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    word = kind()
+    word = i32()
     return arith.trunci(word, arith.shrui(x, utils.c(32, _i64()))), arith.trunci(word, x)
 
 
@@ -199,7 +200,7 @@ def _redux(operation: str, x: ir.Value) -> ir.Value:
 
 
 def _ballot(x: ir.Value) -> ir.Value:
-    return llvm.inline_asm(kind(), [x], "vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", has_side_effects=True)
+    return llvm.inline_asm(i32(), [x], "vote.sync.ballot.b32 $0, $1, 0xffffffff;", "=r,b", has_side_effects=True)
 
 
 def _i64() -> ir.Type:

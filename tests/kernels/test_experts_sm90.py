@@ -108,6 +108,34 @@ def test_hidden_rows_are_codes_at_once(scale):
     np.testing.assert_array_equal(stored, scale_bytes(want.scale))
 
 
+@pytest.mark.parametrize("count", [1, 40, 256, 600])
+def test_rows_of_any_number_of_experts(count):
+    """Few of them taken often, most not at all."""
+    rng = np.random.default_rng(count)
+    chosen = np.minimum(rng.geometric(0.05, (45, 3)) - 1, count - 1).astype(np.int32)
+    flat = chosen.reshape(-1)
+    order, counts = np.argsort(flat, kind="stable").astype(np.int32), np.bincount(flat, minlength=count)
+    routing = Routing(jnp.asarray(chosen), jnp.ones((45, 3)), None, jnp.asarray(counts), jnp.asarray(order))  # pyright: ignore[reportArgumentType]
+    with interpreted():
+        blocks = jax.device_get(lay_out(routing, 16))
+    expert, real = blocks.row_blocks
+    assert real[0] == sum(-(-c // 16) for c in counts) and blocks.place.shape == chosen.shape
+    np.testing.assert_array_equal(expert[blocks.place // 16], chosen)
+    np.testing.assert_array_equal(blocks.token[blocks.place], np.arange(45)[:, None].repeat(3, 1))
+    assert len(set(blocks.place.reshape(-1).tolist())) == flat.size and blocks.factors.sum() == flat.size
+
+
+def test_padding_reaches_no_token():
+    """Rows that nobody gathers are NaN in the interpreter."""
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(9, D)), jnp.bfloat16)
+    routing = routing_of([[1, 3], [1, 2], [3, 4]] * 3)
+    how = {"limit": 2.0, "rows": 8, "gate_up": FewRows(2, 2, 2), "down": FewRows(1, 2, 2)}
+    with interpreted():
+        got = np.asarray(experts(x, *weights(), routing, **how), np.float64)
+    want = exact(x, routing, 2.0)
+    assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-2 * np.sqrt(np.mean(want**2))
+
+
 @pytest.mark.parametrize("form", [FP8_BLOCK, MXFP4], ids=str)
 def test_narrow_experts_are_filled_up(form):
     """Those of the shipped model: hidden rows of half a block."""

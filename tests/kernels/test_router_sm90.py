@@ -12,7 +12,7 @@ from pallas_kernels.bench.case import disagreement
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.router import kernel_sm90, many_sm90, reference, router, sm90
+from pallas_kernels.router import kernel_sm90, many_sm90, order_sm90, reference, router, sm90
 from pallas_kernels.router.cases import BENCH, RouterCase
 from pallas_kernels.router.tiling import FEW, MOST_TILES, Share, Tiles, share, tiles
 from pallas_kernels.router.token_sm90 import Rules, scored
@@ -128,6 +128,43 @@ def test_experts_that_a_bias_of_minus_infinity_rules_out():
     assert got.experts.tolist() == [[77, 0, 1]] * 2
 
 
+@pytest.mark.parametrize("tokens", [3, 131])
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_token_takes_an_expert_that_only_fills_up_for_an_infinity(tokens, bias):
+    """Which makes NaN of zeros: those of experts that do not exist."""
+    x, weight, some = inputs(tokens, experts=8)
+    x = x.at[1, 5].set(jnp.inf).at[2].set(jnp.nan)
+    with np.errstate(invalid="ignore"):
+        got = run(x, weight, some if bias else None, None, k=6, scoring="sigmoid")
+    chosen = np.asarray(got.experts)
+    assert chosen.max() < 8 and all(len(set(row)) == 6 for row in chosen.tolist())
+    np.testing.assert_array_equal(got.counts, np.bincount(chosen.reshape(-1), minlength=8))
+    np.testing.assert_array_equal(got.order, np.argsort(chosen.reshape(-1), kind="stable"))
+
+
+def test_given_experts_that_do_not_exist_are_taken_for_the_nearest():
+    """Places in memory are made of them."""
+    table = jnp.asarray([[-1, 3], [200, 5], [2, 2**31 - 1]], jnp.int32)
+    x, weight, _ = inputs(3, experts=8)
+    how = {"k": 2, "scoring": "sigmoid", "normalize": True, "scale": 1.0, "implementation": "sm90"}
+    with pretend(HOPPER), interpreted():
+        got = jax.block_until_ready(router(x, weight, None, table, **how))
+    assert got.experts.tolist() == [[0, 3], [7, 5], [2, 7]] and got.counts.sum() == 6
+
+
+@pytest.mark.parametrize("counts", [17, 33])
+def test_rows_in_order_of_more_tiles_than_are_loaded_at_once(counts):
+    rng = np.random.default_rng(0)
+    experts = rng.integers(0, 128, (counts * 4 - 3, 2)).astype(np.int32)
+    of_tiles = [np.bincount(experts[i : i + 4].reshape(-1), minlength=128) for i in range(0, len(experts), 4)]
+    with interpreted():
+        order, total = jax.block_until_ready(
+            order_sm90.order(jnp.asarray(experts), jnp.asarray(of_tiles, jnp.int32), 8)
+        )
+    np.testing.assert_array_equal(order, np.argsort(experts.reshape(-1), kind="stable"))
+    np.testing.assert_array_equal(total, np.bincount(experts.reshape(-1), minlength=128))
+
+
 def test_no_token_takes_an_expert_that_only_fills_up():
     """Not even where a bias of minus infinity is on all that there are; and one of NaN is the best."""
     x, weight, _ = inputs(2, experts=8)
@@ -152,8 +189,9 @@ def test_scores_keep_their_digits_where_softplus_is_small():
         np.testing.assert_allclose(scored(logits, scoring), want, rtol=2e-6)
 
 
-def test_through_the_api_with_gradients():
-    x, weight, bias = inputs(2)
+@pytest.mark.parametrize("tokens", [2, 132])
+def test_through_the_api_with_gradients(tokens):
+    x, weight, bias = inputs(tokens)
 
     def total(implementation, x, weight):
         got = router(
@@ -242,7 +280,12 @@ def test_every_thread_block_runs_at_once():
 
 
 @pytest.mark.parametrize(
-    "case", [BENCH[0], BENCH[-1], RouterCase("odd", 100), RouterCase("many", 4095)], ids=lambda case: case.name
+    "case",
+    [
+        *(BENCH[0], BENCH[-1], RouterCase("odd", 100), RouterCase("many", 4095)),
+        *(RouterCase("fills up", 3, 8, 256), RouterCase("many, fills up", 150, 8, 256)),
+    ],
+    ids=lambda case: case.name,
 )
 def test_lowers_for_a_gpu(case):
     """What the interpreter does not know: layouts, transfers, and the three steps in one launch."""

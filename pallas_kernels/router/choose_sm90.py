@@ -1,7 +1,7 @@
 """Scores, choice and weights of many tokens on Hopper, a warp each, from terms of their logits.
 
-A lane has some neighbouring experts. A thread block has a tile of tokens, of which its four warpgroups
-take 16 at a time; each counts how often an expert is chosen in shared memory, and one adds these up.
+A lane has some neighbouring experts. A thread block has a tile of tokens, of which its four warpgroups take 16 at a
+time; each counts how often an expert is chosen in shared memory, and one adds these up.
 
 Bound: (terms + 1) 4 E N bytes / 3.35 TB/s, and the latency of a choice for every 16 tokens of a tile. 4096 tokens of
 256 experts take an H200 7.5 us, where the bytes take 3.5.

@@ -28,7 +28,7 @@ from pallas_kernels.router import Routing, router
 from pallas_kernels.swiglu import swiglu
 
 CHECKED = 2  # tokens whose results are checked
-DRAWS = 8
+DRAWS = 8  # of tokens, see `routed_inputs`
 XLA_BYTES = 20_000_000_000  # of the copy of the rows for every expert that XLA makes of a ragged dot: no more are tried
 
 

@@ -7,8 +7,8 @@
 3. `order`: a thread block adds up which rows sort before its tile's, by expert and by tile, and numbers these row by
    row (order_sm90.py).
 
-Bound: 6 E N D FLOPs of bfloat16 / 989 TFLOP/s, 26 us for 4096 tokens of V4-Flash. An H200 takes 52: 36.5 for the
-product, 4.5 to make the terms, 7.5 to choose and 5.4 to sort; 512 tokens take 20.
+Bound: 6 E N D FLOPs of bfloat16 / 989 TFLOP/s, 26 us for 4096 tokens of V4-Flash. An H200 takes 52, 512
+tokens 20; within a layer 36.5 for the product, 4.5 to make the terms, 7.5 to choose and 5.4 to sort.
 """
 
 from __future__ import annotations

@@ -17,12 +17,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from pallas_kernels.mosaic.addresses import constant, i32
+from pallas_kernels.mosaic.addresses import constant, fragmented, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.warp import WARP, element, lane, sync_warp, warp
 from pallas_kernels.router.warps_sm90 import k_best
@@ -154,4 +153,4 @@ def _place_of_choice(first: Any, k: int) -> ir.Value:
 def _of_lanes(value: ir.Value, signed: bool | None = None) -> Any:
     registers = np.empty(CHOICES.to_mgpu().registers_shape((TOKENS, WARP)), dtype=object)
     registers.flat = [vector.from_elements(ir.VectorType.get((1,), value.type), [value])]
-    return mgpu.FragmentedArray(_registers=registers, _layout=CHOICES.to_mgpu(), _is_signed=signed)
+    return fragmented(registers, CHOICES, signed)

@@ -193,18 +193,19 @@ def test_scores_keep_their_digits_where_softplus_is_small():
 def test_through_the_api_with_gradients(tokens):
     x, weight, bias = inputs(tokens)
 
-    def total(implementation, x, weight):
+    def total(implementation, x, weight, bias):
         got = router(
             x, weight, bias, None,
             k=2, scoring="sqrtsoftplus", normalize=True, scale=1.5, implementation=implementation,
         )  # fmt: skip
         return jnp.sum(got.weights * jnp.array([[1.0, 2.0]])) + jnp.sum(got.scores**2)
 
-    of = functools.partial(jax.grad, argnums=(0, 1))
+    of = functools.partial(jax.grad, argnums=(0, 1, 2))
     with pretend(HOPPER), interpreted():
-        got = jax.block_until_ready(of(functools.partial(total, "sm90"))(x, weight))
-    for ours, theirs in zip(got, of(functools.partial(total, "reference"))(x, weight), strict=True):
+        got = jax.block_until_ready(of(functools.partial(total, "sm90"))(x, weight, bias))
+    for ours, theirs in zip(got, of(functools.partial(total, "reference"))(x, weight, bias), strict=True):
         assert disagreement(ours, theirs) is None
+    assert not got[2].any(), "a bias decides which experts, not how much of them"
 
 
 @pytest.mark.parametrize(

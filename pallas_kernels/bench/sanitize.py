@@ -2,11 +2,12 @@
 
 export XLA_PYTHON_CLIENT_PREALLOCATE=false  # else every access lies in one allocation
 export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer= --xla_gpu_force_compilation_parallelism=1"
-compute-sanitizer --show-backtrace no --tool memcheck python -m pallas_kernels.bench.sanitize [OP [CASE]]
+compute-sanitizer --show-backtrace no --tool memcheck python -m pallas_kernels.bench.sanitize [OP [CASE [TILING]]]
 compute-sanitizer --show-backtrace no --tool racecheck --kernel-name kns=mosaic python -m pallas_kernels.bench.sanitize
 
-OP: the kernels of one op alone. CASE: of them, the cases whose names begin like that. Without these flags, or with many
-cases in one process, the tool dies of its own accord, with status 139.
+OP: the kernels of one op alone. CASE: of them, the cases whose names begin like that. TILING: the tilings with this in
+their name, instead of the first two and the last. Without these flags, or with many cases in one process, the tool dies
+of its own accord, with status 139.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def cases() -> Iterator[Bench]:
     yield from (router.bench(RouterCase(f"m={m}", m, 128, 512, 4)) for m in (5, 150))
 
 
-def main(op: str | None = None, name: str = "") -> int:
+def main(op: str | None = None, name: str = "", tiling: str | None = None) -> int:
     failed = 0
     for case in cases():
         if op not in (None, case.op) or not case.name.startswith(name):
@@ -77,7 +78,8 @@ def main(op: str | None = None, name: str = "") -> int:
         sets = case.sets(1)[0]
         want = case.reference(sets)
         ways = [*case.ours.items()]
-        for variant, run in ways[: MOST - 1] + ways[MOST - 1 :][-1:]:
+        few = ways[: MOST - 1] + ways[MOST - 1 :][-1:]
+        for variant, run in few if tiling is None else [way for way in ways if tiling in way[0]]:
             wrong = case.wrong(jax.jit(run)(sets), want)
             failed += wrong is not None
             print(f"{case.op} {case.name} {variant}: {wrong or 'right'}", flush=True)

@@ -69,7 +69,12 @@ def bench_post(case: HyperCase) -> Bench:
 def tilings(case: HyperCase) -> Iterator[PreTiling]:
     """The default first, then what else is worth a try."""
     usual = default_tiling(case.m, case.width, sm_count())
-    return iter(dict.fromkeys([usual, *(PreTiling(GROUP, *how) for how in ((4, 3), (4, 5), (6, 5), (8, 6)))]))
+    tried = [
+        PreTiling(GROUP, stages=4, held=2),
+        PreTiling(GROUP, stages=3, teller=True),
+        *(PreTiling(GROUP, stages=2, lag=lag, held=2, teller=True) for lag in (3, 5, 4)),
+    ]
+    return iter(dict.fromkeys([usual, *tried]))
 
 
 def inputs(case: HyperCase, key: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ from jax import lax
 from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import ROW, SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
-from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS
+from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS, TILE
 from pallas_kernels.mosaic import lane_rows
 
 SLOTS = lane_rows.ROWS  # tokens whose numbers are kept
@@ -81,13 +81,17 @@ def make_coefficients(
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]
 
-    def sum_partials(i: jax.Array) -> None:
+    at_once = 2 if TILE % (2 * share.cut.parts) == 0 else 1  # rounds, whose tokens are of one tile
+
+    def sum_partials(first: jax.Array) -> None:
+        rounds = [first + i for i in range(at_once)]
         with jax.named_scope("wait for partials"):
-            handover.wait_for(i)
+            handover.wait_for(first)
         with jax.named_scope("sum"):
-            slot = lax.rem(i, SLOTS)
-            mixed.at[slot][pl.ds(0, ROW)] = summed(partial_gmem.at[:, :, share.row(i, ring)])
-            plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
+            loaded = [load_partials(partial_gmem.at[:, :, share.row(i, ring)]) for i in rounds]
+            for i, partials in zip(rounds, loaded, strict=True):
+                mixed.at[lax.rem(i, SLOTS)][pl.ds(0, ROW)] = summed(partials)
+                plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
 
     @pl.loop(0, lax.div(share.rounds + BATCH - 1, BATCH))
     def _batch(b):
@@ -95,7 +99,7 @@ def make_coefficients(
         rounds = jnp.minimum(BATCH, share.rounds - first)
         with jax.named_scope("wait for finishers"):
             pl.when(b >= 2)(lambda: plgpu.barrier_wait(read.at[half]))
-        pl.loop(0, rounds)(lambda i: sum_partials(first + i))
+        pl.loop(0, lax.div(rounds, at_once))(lambda i: sum_partials(first + i * at_once))
         of_batch = plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=lane_rows.LAYOUT) - half * BATCH
         tokens = share.token(first + of_batch)
         exists = (of_batch >= 0) & (of_batch < rounds) & (tokens < share.cut.tokens)
@@ -108,14 +112,17 @@ def make_coefficients(
             lane_rows.store(comb_gmem, tokens, sinkhorn(logits[2 * STREAMS :], numbers))
 
 
-def summed(partial_gmem: Any) -> jax.Array:
-    """[32] in each warp's lanes, of a token's partials [groups, each, 32].
+def load_partials(partial_gmem: Any) -> list[jax.Array]:
+    """A token's, [groups, each, 32]: [groups, 32] as often as `each`."""
+    groups, each, _ = partial_gmem.shape
+    return [plgpu.load(partial_gmem.at[:, c], layout=part_lanes(groups), optimized=False) for c in range(each)]
+
+
+def summed(sums: list[jax.Array]) -> jax.Array:
+    """[32] in each warp's lanes, of a token's partials.
 
     Mosaic adds what warps hold in memory that it has once for a thread block: no other warpgroup may do so.
     """
-    groups, each, _ = partial_gmem.shape
-    lanes = part_lanes(groups)
-    sums = [plgpu.load(partial_gmem.at[:, c], layout=lanes, optimized=False) for c in range(each)]
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
     return jnp.sum(sums[0], axis=0)

@@ -18,11 +18,13 @@ from pallas_kernels.hyper_connection.share_sm90 import Share
 class Handover(NamedTuple):
     """written: a semaphore for each tile, which counts the thread blocks whose partials of it are in memory.
     finished: barriers of the thread block, for `lag` tiles of the team in turn: it has finished its tokens of one.
+    stored: as many, None where who stores partials tells of them: it has stored its partials of one.
     """
 
     share: Share
     written: Any
     finished: Any
+    stored: Any = None
 
     @property
     def lag(self) -> int:
@@ -33,8 +35,25 @@ class Handover(NamedTuple):
         pl.when(i >= self.lag)(lambda: plgpu.barrier_wait(self.finished.at[lax.rem(i - self.lag, self.lag)]))
 
     def done(self, i: jax.Array) -> None:
-        """Tells that the partials of the team's i-th tile are in memory."""
+        """Whoever stores the partials of the team's i-th tile has done so."""
+        if self.stored is None:
+            self.tell(i)
+        else:
+            plgpu.barrier_arrive(self.stored.at[lax.rem(i, self.lag)])
+
+    def tell(self, i: jax.Array) -> None:
+        """Tells that the partials of the team's i-th tile are in memory, once they are."""
         plgpu.semaphore_signal(self.written.at[self.share.tile(i)], memory_scope="gpu")
+
+    def tell_all(self) -> None:
+        """Tells of all tiles, by a warpgroup that does nothing else: until a tile is in memory takes 2000 cycles."""
+        if self.stored is None:
+            return
+
+        @pl.loop(0, self.share.tiles)
+        def _tile(i):
+            plgpu.barrier_wait(self.stored.at[lax.rem(i, self.lag)])
+            self.tell(i)
 
     def wait_for(self, i: jax.Array) -> None:
         """Waits for everyone's partials of the tiles that round i is the first to finish tokens of."""

@@ -4,6 +4,7 @@ Thread blocks form teams that have the same tiles of 64 tokens, each member a pa
 0. project (project_sm90.py): partial products and squares of its columns, for one tile after another;
 1. make coefficients (coefficients_sm90.py): sums of the partials of a few tokens of each tile, their `post` and `comb`;
 2, 3. finish (finish_sm90.py): those tokens' x; before, they split two thirds of the matrix for warpgroup 0.
+4. where tokens are many, tells the others of partials (handover_sm90.py), which takes longer than a tile's products.
 A team's members hand partials over in device memory: whoever has written a tile's says so at its semaphore. There are
 no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag` tiles ahead of those
 it has finished, so that finishers find their streams in the L2 cache.
@@ -38,13 +39,15 @@ from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
 from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, split_terms, whole_tiles
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
-from pallas_kernels.hyper_connection.tiling import FINISHERS, STREAMS, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.tiling import CHUNK, FINISHERS, STREAMS, PreTiling, default_tiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.quantize_rows.kernel_sm90 import quantize_rows
 
-# Registers a thread of those who project, make coefficients and finish: 128 on average.
-PROJECT_REGISTERS, COEFFICIENT_REGISTERS, FINISH_REGISTERS = 104, 64, 168
+PROJECTS, MAKES, TELLS = 0, 1, 2 + FINISHERS  # warpgroups; between are those who finish
+# Registers a thread of those who project, make coefficients and finish: without a teller, and with one.
+REGISTERS, TELL_REGISTERS = {False: (136, 80, 144), True: (112, 80, 128)}, 24
+REGISTER_FILE, WARPGROUP = 65536, 128  # of a multiprocessor, and threads
 
 
 def pre(
@@ -105,52 +108,68 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
     def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, finished, **refs):
         x_gmem, post_gmem, comb_gmem, *codes_gmem, partial_gmem = outs
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
-        handover = Handover(of_block, pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,))), finished)
+        to_project, to_make, to_finish = REGISTERS[tiling.teller]
+        written = pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,)))
+        handover = Handover(of_block, written, finished, refs.get("stored"))
 
-        @pl.when(warpgroup == 0)
+        @pl.when(warpgroup == PROJECTS)
         def _project():
-            plgpu.set_max_registers(PROJECT_REGISTERS, action="decrease")
+            take_registers(to_project, warpgroups)
             own = {name: refs[name] for name in project_sm90.scratch(tiling)}
             project(
                 f_gmem, fn_gmem, partial_gmem,
                 share=of_block, tiling=tiling, ring=ring, handover=handover, **own,
             )  # fmt: skip
 
-        @pl.when(warpgroup == 1)
+        @pl.when(warpgroup == MAKES)
         def _coefficients():
-            plgpu.set_max_registers(COEFFICIENT_REGISTERS, action="decrease")
+            take_registers(to_make, warpgroups)
             own = {name: refs[name] for name in coefficients_sm90.scratch(of)}
             make_coefficients(
                 partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
                 share=of_block, ring=ring, columns=STREAMS * width, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
-        @pl.when(warpgroup >= 2)
+        @pl.when((warpgroup > MAKES) & (warpgroup < TELLS))
         def _finish():
-            plgpu.set_max_registers(FINISH_REGISTERS, action="increase")
+            take_registers(to_finish, warpgroups)
+            finisher = warpgroup - MAKES - 1
             split_terms(
-                fn_gmem, refs["fn"], refs["split"], share=of_block, units=tiling.units, sharer=warpgroup - 1
+                fn_gmem, refs["fn"], refs["split"], share=of_block, units=tiling.units, sharer=finisher + 1
             )  # fmt: skip
-            own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch()}
+            own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch(width, tiling)}
             finish(
-                warpgroup - 2, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
+                finisher, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
                 form=form, share=of_block, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
+        @pl.when(warpgroup == TELLS)
+        def _tell():
+            take_registers(TELL_REGISTERS, warpgroups)
+            handover.tell_all()
+
+    warpgroups = TELLS + tiling.teller
     finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
     return plgpu.kernel(
         kernel,
         out_type=(*out_types(tokens, width, form), partial_type(of, width, tiling, ring)),
         grid=(of.blocks,),
         grid_names=("block",),
-        num_threads=2 + FINISHERS,
+        num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=compiler_params(),
         scratch_types={
-            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(),
+            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(width, tiling),
             "finished": finished,
+            **({"stored": plgpu.Barrier(num_arrivals=1, num_barriers=lag)} if tiling.teller else {}),
         },
-    )(f, fn, streams, base, scale, norm_weight)[:-1]  # fmt: skip
+    )(f, fn, in_chunks(streams), base, scale, norm_weight)[:-1]  # fmt: skip
+
+
+def take_registers(count: int, warpgroups: int) -> None:
+    """From what each thread starts with, the same for all."""
+    first = REGISTER_FILE // (WARPGROUP * warpgroups) // 8 * 8
+    plgpu.set_max_registers(count, action="decrease" if count < first else "increase")
 
 
 def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling, form: Any) -> Any:
@@ -158,21 +177,26 @@ def in_two_launches(f, fn, streams, base, scale, norm_weight, numbers: Numbers, 
     tokens, _, width = streams.shape
     of = cut(tokens, width, tiling, sm_count())
     partial = first_launch(of, width, tiling)(f, fn)
-    return second_launch(of, width, numbers, form)(partial, streams, base, scale, norm_weight)
+    return second_launch(of, width, numbers, tiling, form)(partial, in_chunks(streams), base, scale, norm_weight)
+
+
+def in_chunks(streams: jax.Array) -> jax.Array:
+    """[m, 4 D / 128, 128], which TMA copies a token of."""
+    return streams.reshape(len(streams), -1, CHUNK)
 
 
 def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
     def kernel(f_gmem, fn_gmem, partial_gmem, *, fn, split, **refs):
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == 0)
+        @pl.when(warpgroup == PROJECTS)
         def _project():
             project(
                 f_gmem, fn_gmem, partial_gmem, fn=fn, split=split,
                 share=of_block, tiling=tiling, ring=of.most_tiles, handover=Nothing(), **refs,
             )  # fmt: skip
 
-        @pl.when(warpgroup > 0)
+        @pl.when(warpgroup > PROJECTS)
         def _split():
             split_terms(fn_gmem, fn, split, share=of_block, units=tiling.units, sharer=warpgroup)
 
@@ -187,9 +211,12 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
     )
 
 
-def second_launch(of: Cut, width: int, numbers: Numbers, form: QuantFormat | None) -> Callable[..., Any]:
-    def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, squares, both, **refs):
+def second_launch(
+    of: Cut, width: int, numbers: Numbers, tiling: PreTiling, form: QuantFormat | None
+) -> Callable[..., Any]:
+    def kernel(partial_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, **refs):
         x_gmem, post_gmem, comb_gmem, *codes_gmem = outs
+        to_make = {name: refs[name] for name in coefficients_sm90.scratch(of)}
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == 0)
@@ -197,14 +224,14 @@ def second_launch(of: Cut, width: int, numbers: Numbers, form: QuantFormat | Non
             make_coefficients(
                 partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
                 share=of_block, ring=of.most_tiles, columns=STREAMS * width, numbers=numbers,
-                handover=Nothing(), **refs,
+                handover=Nothing(), **to_make,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 1)
         def _finish():
             finish(
                 warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
-                form=form, share=of_block, numbers=numbers, handover=Nothing(), squares=squares, both=both, **refs,
+                form=form, share=of_block, numbers=numbers, handover=Nothing(), **refs,
             )  # fmt: skip
 
     return plgpu.kernel(
@@ -214,5 +241,5 @@ def second_launch(of: Cut, width: int, numbers: Numbers, form: QuantFormat | Non
         grid_names=("block",),
         num_threads=1 + FINISHERS,
         thread_name="warpgroup",
-        scratch_types={**coefficients_sm90.scratch(of), **finish_sm90.scratch()},
+        scratch_types={**coefficients_sm90.scratch(of), **finish_sm90.scratch(width, tiling)},
     )

@@ -15,14 +15,15 @@ FEW = 128  # tokens up to which a thread block has one tile, and as few columns 
 FINISHERS = 2  # warpgroups of a thread block that finish a token together, half of its columns each
 LEAST_EPS = 1e-9  # beside Sinkhorn's sums: the product of two must be a normal number
 WIDTH_UNIT = 256  # columns of a stream come in multiples of it: a column for every thread of the finishers
-MOST_WIDTH = 8192  # of a token, half of whose streams take a finisher's thread 64 registers
-TWO_AHEAD = 4096  # up to which finishers hold two tokens' streams
+MOST_WIDTH = 8192  # of a token, whose streams are 256 rows of 128, as many as TMA copies at once
+TWO_HELD = 4096  # up to which a thread block holds two tokens' streams beside two buffers
 
 
 @dataclass(frozen=True)
 class PreTiling:
     """units: that a thread block multiplies for each of its tiles, 1, 2 or GROUP. stages: buffers of a unit of 64
-    tokens. lag: tiles that it may load ahead of those it has finished; their streams stay in the L2 cache.
+    tokens. lag: tiles that it may load ahead of those it has finished; their streams stay in the L2 cache. held: tokens
+    whose streams are in shared memory to be finished. teller: whether a warpgroup of its own tells of partials.
 
     No bit of the result depends on it: units are added in one order, whoever does it.
     """
@@ -30,6 +31,8 @@ class PreTiling:
     units: int
     stages: int = 4
     lag: int = 4
+    held: int = 1
+    teller: bool = False
 
     def __post_init__(self) -> None:
         if self.units not in (1, 2, GROUP):
@@ -39,10 +42,14 @@ class PreTiling:
 def default_tiling(tokens: int, width: int, multiprocessors: int) -> PreTiling:
     """Few tokens are spread over the device as finely as thread blocks that wait for one another can be.
 
-    Of an H200's 4096 tokens of 4 x 4096, four stages and a lag of four took 79 us; three and five 80 to 81, and two
-    units a thread block, whose partials are twice as many, 92 to 103.
+    Many: what is under way has to stay in half of the L2 cache. Of an H200's 4096 tokens of 4 x 4096, two stages and a
+    lag of four take 72 to 74 us; three stages 78 to 79, four 83, a lag of five 76, without a teller 75 to 83, and two
+    units a thread block, whose partials are twice as many, 92 to 103. Of 4 x 7168, three stages and one token held
+    take 134, two and two 135 to 143.
     """
     for units in (1, 2, GROUP):
         if tokens <= FEW and STREAMS * width // (units * UNIT) * -(-tokens // TILE) <= multiprocessors:
             return PreTiling(units, stages=units, lag=5)
-    return PreTiling(GROUP)
+    if width <= TWO_HELD:
+        return PreTiling(GROUP, stages=2, held=2, teller=True)
+    return PreTiling(GROUP, stages=3, teller=True)

@@ -24,6 +24,7 @@ from pallas_kernels.quant import (
 from pallas_kernels.quant import dequantize as eager_dequantize
 from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.router import Routing
+from tests.kernels.sums import ALONG_K, ON_GPU
 
 EXPERTS, OUT, IN = 6, 5, 32
 multiply = jax.jit(grouped_matmul, static_argnums=3)
@@ -120,7 +121,8 @@ def test_products_of_codes_are_the_reference(form, rows):
     x[0], x[2, 3] = 0, np.nan
     counts = np.bincount([1, 1, 4, *[5] * (rows - 3)], minlength=EXPERTS).astype(np.int32)
     got, want = (np.asarray(f(x, w, counts, activations)) for f in (multiply_codes, multiply))
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(want)))
+    bound = ALONG_K if ON_GPU and form.startswith("fp8") else 1e-5
+    np.testing.assert_allclose(got, want, rtol=bound, atol=bound * np.nanmax(np.abs(want)))
     assert np.isnan(got).any(axis=1).tolist() == [row == 2 for row in range(rows)] and not got[0].any()
 
 
@@ -178,7 +180,8 @@ def test_an_expert_layer_on_a_device_with_the_units():
     assert candidate.name == "scaled_dot" and refusals == (
         "sm90: weights are e4m3:row:float32: it takes e4m3 in 128 x 128 blocks, or MXFP4",
     )
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3 * np.abs(want).max())
+    bound = 2e-2 if ON_GPU else 1e-3  # where hidden rows, of sums that are no float32's, become codes
+    np.testing.assert_allclose(got, want, rtol=bound, atol=bound * np.abs(want).max())
 
 
 @pytest.mark.parametrize("form", [None, FORMATS["fp8_row"]], ids=["plain", "quantised"])

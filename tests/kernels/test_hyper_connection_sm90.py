@@ -60,7 +60,7 @@ def check(got, want):
     ("tokens", "width", "tiling"),
     [
         (1, 256, PreTiling(1, lag=8)),
-        (66, 256, PreTiling(4, stages=3)),  # a tile and two tokens
+        (66, 256, PreTiling(4, stages=2, held=2)),  # a tile and two tokens
         (4, 512, PreTiling(2, stages=2)),
     ],
 )

@@ -16,6 +16,7 @@ from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import encode_rows
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, prefill_sm90, sparse_attention_prefill
+from tests.kernels.sums import ON_GPU
 
 SCALE = 0.3
 FP8, BF16 = entry_format("fp8", 64), entry_format("bfloat16", 0)
@@ -98,7 +99,9 @@ def test_gradients_are_those_of_the_reference():
         got = jax.block_until_ready(gradients("sm90"))
     for ours, theirs in zip(got, gradients("reference"), strict=True):
         assert jnp.any(theirs != 0)
-        np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(theirs, np.float32))
+        # A GPU need not add twice in one order.
+        bound = 2.0**-20 if ON_GPU else 0
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), rtol=bound, atol=bound)
 
 
 def test_the_rows_of_a_window():

@@ -47,8 +47,6 @@ class Handover(NamedTuple):
 
     def tell_all(self) -> None:
         """Tells of all tiles, by a warpgroup that does nothing else: until a tile is in memory takes 2000 cycles."""
-        if self.stored is None:
-            return
 
         @pl.loop(0, self.share.tiles)
         def _tile(i):

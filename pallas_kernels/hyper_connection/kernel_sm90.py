@@ -142,10 +142,12 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
                 form=form, share=of_block, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
-        @pl.when(warpgroup == TELLS)
-        def _tell():
-            take_registers(TELL_REGISTERS, warpgroups)
-            handover.tell_all()
+        if tiling.teller:
+
+            @pl.when(warpgroup == TELLS)
+            def _tell():
+                take_registers(TELL_REGISTERS, warpgroups)
+                handover.tell_all()
 
     warpgroups = TELLS + tiling.teller
     finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)

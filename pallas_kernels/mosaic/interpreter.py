@@ -52,8 +52,8 @@ def interpreted() -> Iterator[None]:
 def _callbacks_on_the_host() -> Iterator[None]:
     """The interpreter's callbacks get their arguments as NumPy arrays.
 
-    jax puts each on a device first, every index too, which takes a third of the time. A jax that has not what is
-    replaced here takes that time.
+    jax puts each on a device first, every index too, which takes a third of the router tests' time. A jax that has not
+    what is replaced here takes that time.
     """
     from jax._src import callback as callbacks
     from jax._src.pallas.mosaic_gpu.interpret import shared_memory

@@ -24,7 +24,7 @@ from pallas_kernels.quant import (
 from pallas_kernels.quant import dequantize as eager_dequantize
 from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.router import Routing
-from tests.kernels.sums import ALONG_K, ON_GPU
+from tests.kernels.sums import BOUNDS, ON_GPU
 
 EXPERTS, OUT, IN = 6, 5, 32
 multiply = jax.jit(grouped_matmul, static_argnums=3)
@@ -121,7 +121,7 @@ def test_products_of_codes_are_the_reference(form, rows):
     x[0], x[2, 3] = 0, np.nan
     counts = np.bincount([1, 1, 4, *[5] * (rows - 3)], minlength=EXPERTS).astype(np.int32)
     got, want = (np.asarray(f(x, w, counts, activations)) for f in (multiply_codes, multiply))
-    bound = ALONG_K if ON_GPU and form.startswith("fp8") else 1e-5
+    bound = BOUNDS[jnp.float32] if ON_GPU and form.startswith("fp8") else 1e-5
     np.testing.assert_allclose(got, want, rtol=bound, atol=bound * np.nanmax(np.abs(want)))
     assert np.isnan(got).any(axis=1).tolist() == [row == 2 for row in range(rows)] and not got[0].any()
 

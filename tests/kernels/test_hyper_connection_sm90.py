@@ -61,6 +61,7 @@ def check(got, want):
     [
         (1, 256, PreTiling(1, lag=8)),
         (66, 256, PreTiling(4, stages=2, held=2)),  # a tile and two tokens
+        (3, 256, PreTiling(4, stages=3)),  # buffers that units do not fill
         (4, 512, PreTiling(2, stages=2)),
     ],
 )

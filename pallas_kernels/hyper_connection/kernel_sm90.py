@@ -11,7 +11,7 @@ it has finished, so that finishers find their streams in the L2 cache.
 
 The simulated GPU has no semaphores, and runs two launches.
 Bound: (2 n + 2) m D bytes over memory's bandwidth; from the L2 cache, 2 n m D bytes more. On an H200 (4.8 TB/s), 4 x
-4096 wide: 6.6 us for one token and 9.0 for 128, chains of latencies; 74.4 for 4096 (48 % of that limit). A tile takes
+4096 wide: 6.6 us for one token and 9.0 for 128, chains of latencies; 73.8 for 4096 (48 % of that limit). A tile takes
 16000 cycles from its copy to its last token; with more of them under way (two warpgroups that project, more buffers,
 a larger lag) it is slower, as finishers then, it seems, no longer find their streams in the L2 cache.
 """

@@ -11,7 +11,7 @@ import contextvars
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -59,11 +59,19 @@ KINDS = {
 _pretended: contextvars.ContextVar[Device | None] = contextvars.ContextVar("pretended device", default=None)
 
 
+def default_device() -> Any:
+    """The device that jax runs programs on by default."""
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
+
+
 def current() -> Device:
     """The device programs run on by default, or the one pretended."""
     if (pretended := _pretended.get()) is not None:
         return pretended
-    device = jax.local_devices()[0]
+    device = default_device()
     if device.platform != "gpu":
         return Device(device.device_kind, device.platform if device.platform == "tpu" else "cpu")
     return Device(device.device_kind, "gpu", parse_capability(getattr(device, "compute_capability", "")))

@@ -86,7 +86,11 @@ class Op:
                 log.info(said)
 
 
-OPS: dict[str, Op] = {}
+OPS: dict[str, Op] = {}  # those whose modules have been imported
+NAMES = frozenset(
+    "block_matmul block_diagonal_matmul compress experts hyper_connection_pre hyper_connection_post"
+    " hyper_connection_head index_scores quantize_rows router sparse_attention sparse_attention_prefill top_k".split()
+)
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,13 @@ def _for_op(name: str, implementation: str) -> str:
     """What a choice such as "router=sm90,top_k=reference" says of one op; ops it does not list are "auto"."""
     if "=" not in implementation:
         return implementation
-    choices = dict(part.split("=", 1) for part in implementation.split(","))
-    if unknown := choices.keys() - OPS.keys():
-        raise UnsupportedError(f"no op called {', '.join(sorted(unknown))}: there are {', '.join(sorted(OPS))}")
+    parts = [part.strip() for part in implementation.split(",")]
+    if wrong := [part for part in parts if "=" not in part]:
+        raise UnsupportedError(f"{wrong[0]!r} in {implementation!r} chooses nothing: write op=name, and commas between")
+    choices = {op.strip(): chosen.strip() for op, chosen in (part.split("=", 1) for part in parts)}
+    known = NAMES | OPS.keys()
+    if unknown := choices.keys() - known:
+        raise UnsupportedError(f"no op called {', '.join(sorted(unknown))}: there are {', '.join(sorted(known))}")
     return choices.get(name, "auto")
 
 
@@ -158,6 +166,7 @@ def traced_once(run: Callable[..., Any]) -> Callable[..., Any]:
         others = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
         return traced((device.current(), is_interpreted()), tree, others, *arrays)
 
+    call.clear_cache = traced.clear_cache  # for who changes what `run` does  # pyright: ignore
     return call
 
 

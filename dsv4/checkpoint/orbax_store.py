@@ -24,6 +24,7 @@ from dsv4.checkpoint.writer import Model, replacing, require_vacant
 from dsv4.config.errors import ConfigError
 from dsv4.config.model import ModelConfig
 from dsv4.parameters import tensor_name
+from pallas_kernels.device import default_device
 from pallas_kernels.formats import FormatError, parse_format
 from pallas_kernels.quant import QuantTensor, TreatedWeight
 
@@ -71,10 +72,7 @@ def restore(directory: str | Path) -> tuple[ModelConfig, dict[Any, Any]]:
     path = Path(directory).expanduser().absolute()
     if not is_orbax(path):
         raise CheckpointError(f"{path} is no orbax checkpoint; dsv4.checkpoint.read reads released ones")
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    if isinstance(device, str):
-        device = jax.local_devices(backend=device)[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(default_device())
     try:
         with _quiet():
             found = ocp.metadata(str(path))

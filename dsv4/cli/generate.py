@@ -72,6 +72,8 @@ class Generate:
         prompt = self._prompt()
         if self.max_new < 1:
             raise UsageError(f"--max-new is {self.max_new}: ask for at least 1 new token")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed is {self.seed}: it is a number from 0 to {2**32 - 1}")
         try:
             sampling = Sampling(self.temperature, self.top_k, self.top_p)
         except InputError as error:

@@ -8,8 +8,8 @@
 Times are medians of kernel durations on the device (CUPTI), over input sets that overflow the L2 cache; "limit" is
 bytes or FLOPs over the data sheet's rate (an H100's: 3.35 TB/s; an H200's: 4.8), whichever takes longer. Every result
 of ours is compared with a float32 reference first. A row of FILE is written as soon as it is measured, and what FILE
-has is not measured again: the same command resumes a run that was stopped. Without a GPU the cases are listed and
-nothing is timed.
+has is not measured again, but for cases whose inputs failed: the same command resumes a run that was stopped. Without
+a GPU the cases are listed and nothing is timed.
 
 Most of a run is compilation. With many cores, several parts of it at once, which take turns at the device:
   for i in $(seq 8); do python -m pallas_kernels.bench --part $i/8 --lock bench.lock --json rows$i.jsonl & done; wait
@@ -29,7 +29,7 @@ import jax
 
 from pallas_kernels.bench import report, results
 from pallas_kernels.bench.case import Bench
-from pallas_kernels.bench.measure import DeviceLost, Row, beside, row_identity, rows
+from pallas_kernels.bench.measure import DeviceLost, Row, beside, row_identity, rows, settled
 
 # Each is a module here with `benches() -> Iterable[Bench]`.
 OPS = (
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(1)
 
     wanted = set(beside(others, args.peers))
-    finished = {row_identity(row) for row in known if wanted <= set(row.get("beside", ()))}
+    finished = {row_identity(row) for row in known if settled(row) and wanted <= set(row.get("beside", ()))}
     how = {"tuning": args.tune, "others": others, "peers": args.peers, "lock": args.lock}
     try:
         for case in cases:

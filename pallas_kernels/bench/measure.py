@@ -20,6 +20,7 @@ from pallas_kernels.bench.turns import compiled, turn
 
 Row = dict[str, Any]
 PATIENCE = 120  # seconds for an implementation, compilation included
+INPUTS = "inputs: "  # what a reason starts with where it is that of no implementation
 
 
 class DeviceLost(RuntimeError):
@@ -33,6 +34,11 @@ def identity(op: str, case: str, which: str | None, tuning: bool, device: str) -
 
 def row_identity(row: Row) -> tuple[Any, ...]:
     return identity(row["op"], row["case"], row["which"], row["tuning"], row["device"])
+
+
+def settled(row: Row) -> bool:
+    """Whether a run that is resumed leaves it: where the inputs could not be made, no implementation was tried."""
+    return not str(row.get("reason") or "").startswith(INPUTS)
 
 
 def beside(others: bool, peers: Path | None) -> list[str]:
@@ -96,7 +102,7 @@ def _measured(
         unused = jax.tree.map(jnp.copy, sets[0]) if case.in_place else None
     except Exception as error:
         for name in names:
-            yield row(name, f"inputs: {_reason(error)}", {}, None, 0)
+            yield row(name, f"{INPUTS}{_reason(error)}", {}, None, 0)
         return
     calls = timed_calls(len(sets))
     xla = {name: _timed(run, sets) for name, run in case.xla.items()} if "xla" in beside else {}

@@ -70,7 +70,8 @@ def write(path: Path, text: str) -> None:
 def write_tables(rows: Iterable[Row], root: Path | None = None) -> list[Path]:
     """Writes the fastest tiling of every problem into the table beside its op, over what was there; returns the files.
 
-    Problems without a new row stay. root: of the ops' folders. Raises TableError for rows of another device.
+    Problems without a new row stay. root: of the ops' folders. Raises TableError for rows of another device, or of two:
+    the fastest would say which device is, not which tiling.
     """
     root = Path(pallas_kernels.__file__).parent if root is None else root
     of_op: dict[str, list[Row]] = {}
@@ -79,6 +80,9 @@ def write_tables(rows: Iterable[Row], root: Path | None = None) -> list[Path]:
             if not any(name in row["device"] for name in TABLE_DEVICES):
                 raise TableError(f"{row['op']} {row['case']} was measured on {row['device']}: {TABLE} is of Hopper")
             of_op.setdefault(row["op"], []).append(row)
+    devices = sorted({row["device"] for found in of_op.values() for row in found})
+    if len(devices) > 1:
+        raise TableError(f"rows were measured on {' and on '.join(devices)}: one device at a time")
     paths = []
     for op, found in of_op.items():
         path = root / op / TABLE

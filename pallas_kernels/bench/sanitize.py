@@ -12,6 +12,7 @@ of its own accord, with status 139.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 
@@ -70,21 +71,38 @@ def cases() -> Iterator[Bench]:
     yield from (router.bench(RouterCase(f"m={m}", m, 128, 512, 4)) for m in (5, 150))
 
 
-def main(op: str | None = None, name: str = "", tiling: str | None = None) -> int:
-    failed = 0
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench.sanitize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("op", nargs="?", metavar="OP", help="as rows name it, such as grouped_matmul")
+    parser.add_argument("name", nargs="?", default="", metavar="CASE", help="how names of cases begin")
+    parser.add_argument("tiling", nargs="?", metavar="TILING", help="what is in a tiling's name")
+    args = parser.parse_args(argv)
+    if jax.default_backend() != "gpu":
+        print(f"no GPU here ({jax.devices()[0].device_kind}): nothing was run")
+        return 0
+    failed = launched = 0
     for case in cases():
-        if op not in (None, case.op) or not case.name.startswith(name):
+        if args.op not in (None, case.op) or not case.name.startswith(args.name):
             continue
         sets = case.sets(1)[0]
         want = case.reference(sets)
         ways = [*case.ours.items()]
         few = ways[: MOST - 1] + ways[MOST - 1 :][-1:]
-        for variant, run in few if tiling is None else [way for way in ways if tiling in way[0]]:
+        for variant, run in few if args.tiling is None else [way for way in ways if args.tiling in way[0]]:
+            launched += 1
             wrong = case.wrong(jax.jit(run)(sets), want)
             failed += wrong is not None
             print(f"{case.op} {case.name} {variant}: {wrong or 'right'}", flush=True)
+    if not launched:
+        known = ", ".join(dict.fromkeys(case.op for case in cases()))
+        parser.error(f"nothing is called that: ops are {known}; without CASE and TILING, all of theirs run")
+    print(f"{launched} kernels, {failed} of them wrong")
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

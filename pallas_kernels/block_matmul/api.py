@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from pallas_kernels.dispatch import Candidate, Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
-from pallas_kernels.quant.weights import shown
+from pallas_kernels.quant.weights import require_rows_apart, shown
 from pallas_kernels.typing import typed
 
 MATMUL = Op(
@@ -51,14 +52,20 @@ def matmul(
     fewer channels than a tile, a tile is the whole row. codes: `quantize(x)`, [rows, I], where it is known already: it
     is not made again if its format is `activations`, and changes nothing. batch_invariant: the bits of a row depend on
     it and on w alone, neither on the other rows nor on their number; implementations that cannot promise it refuse.
-    Raises ValueError where x and w do not fit.
+    Raises ValueError where x, w and codes do not fit, and in that mode for activations whose scales span rows.
     """
     _require_channels(x, w)
+    if codes is not None and codes.shape != (rows := (math.prod(x.shape[:-1]), x.shape[-1])):
+        raise ValueError(f"codes have shape {codes.shape}: the rows of x {x.shape} are {rows}")
+    if batch_invariant:
+        require_rows_apart(w, activations)
     how: dict[str, Any] = {"activations": activations, "out_dtype": out_dtype, "batch_invariant": batch_invariant}
     return MATMUL(x, shown(x, w), codes=codes, **how, implementation=implementation)
 
 
 def _require_channels(x: jax.Array, w: Any) -> None:
+    if w.ndim != 2:
+        raise ValueError(f"w has shape {tuple(w.shape)}: a matrix [O, I]")
     if x.shape[-1] != w.shape[-1]:
         raise ValueError(f"x has {x.shape[-1]} channels, w takes {w.shape[-1]}: shapes {x.shape} and {tuple(w.shape)}")
 

@@ -58,7 +58,7 @@ def _multiply(
     assert activations is not None, "unsupported_reason refuses inputs that stay unrounded"
     w, codes = constants
     treated, weight, kept = treat(x, w, None)
-    y = dot(input_codes(treated, x, w, activations, codes), weight).reshape(*x.shape[:-1], -1)
+    y = dot(input_codes(treated, x, w, activations, codes), weight).reshape(*x.shape[:-1], weight.shape[0])
     if kept is not None:
         assert isinstance(w, TreatedWeight)
         y = y + times(kept, w.columns.astype(x.dtype), precision(x.dtype, out_dtype))

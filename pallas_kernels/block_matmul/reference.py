@@ -49,7 +49,7 @@ def block_diagonal_matmul(x: jax.Array, w: Any, *, batch_invariant: bool = False
     y = times_groups(*dequantized_after(x, weight, x.dtype))
     if kept is not None:
         y = y + times_groups(kept, w.columns.astype(x.dtype))
-    return y.astype(x.dtype).reshape(*rows, -1)
+    return y.astype(x.dtype).reshape(*rows, w.shape[0])
 
 
 def in_tiles(run: Callable[[jax.Array, Any], jax.Array], x: jax.Array, w: Any, *, axes: int) -> jax.Array:
@@ -63,7 +63,7 @@ def in_tiles(run: Callable[[jax.Array, Any], jax.Array], x: jax.Array, w: Any, *
     tiles = max(2, -(-x.shape[0] // ROWS))  # a loop of one would be no loop, and become a part of what is around it
     padded = jnp.pad(x, ((0, tiles * ROWS - x.shape[0]), *((0, 0) for _ in row))).reshape(tiles, ROWS, *row)
     y = jax.lax.map(lambda tile: run(*jax.lax.optimization_barrier((tile, w))), padded)
-    return y.reshape(tiles * ROWS, -1)[: x.shape[0]].reshape(*rows, -1)
+    return y.reshape(tiles * ROWS, y.shape[-1])[: x.shape[0]].reshape(*rows, y.shape[-1])
 
 
 def precision(dtype: DTypeLike, out_dtype: DTypeLike | None) -> str | None:

@@ -176,9 +176,12 @@ def many_rows_reason(tiling: ManyRows, problem: Problem) -> str | None:
     products = tiling.blocks * (rows // WGMMA_ROWS) * problem.weights
     shared = tiling.stages * BLOCK * (tiling.tile_m + tiling.tile_n * problem.weights)
     shared += CONSUMERS * WGMMA_ROWS * columns // tiling.shares * 2
-    if tiling.shares > 1:
-        shared += tiling.tile_m * tiling.tile_n * problem.weights * 4
+    shared += (tiling.shares > 1) * tiling.tile_m * tiling.tile_n * problem.weights * 4
     depth = BLOCK * tiling.blocks * tiling.shares
+    if tiling.stages < 2:
+        return "one buffer: consumers may look for the next block before they give back the last"
+    if (size := tiling.cluster * tiling.shares) > MOST_SHARES or tiling.shares.bit_count() > 1:
+        return f"{tiling.shares} shares, a power of two, in a cluster of {size}: at most {MOST_SHARES}"
     if problem.n % (tiling.tile_n * across) or problem.k % depth:
         return f"weights [{problem.n}, {problem.k}] in tiles [{tiling.tile_n * across}, {depth}]"
     if problem.rows not in (0, tiling.tile_m):

@@ -37,6 +37,7 @@ from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, p
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.scales import NAN_BITS, NAN_CODE
 
 CODES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit operands that become 16-bit ones
 SUMS = plgpu.Layout.WGMMA
@@ -49,7 +50,7 @@ def matmul(
 
     Or w_scale float32 [N], of whole rows. The N rows are in G groups, of which the g-th sees the g-th K columns of x.
     M is a multiple of the tile's tokens, N / G of its rows, K of its depth times shares; the depth is 128 where float32
-    scales are of blocks. UE8M0: products with codes below 2^-133 leave bfloat16, the code 255 gives infinity or NaN.
+    scales are of blocks. UE8M0: products with codes below 2^-133 leave bfloat16, the code 255 gives NaN.
     """
     (m, columns), (n, k) = x.shape, w.shape
     tokens, depth, stages, warpgroups = tiling.tokens, tiling.depth, tiling.stages, tiling.warpgroups
@@ -213,8 +214,10 @@ def matmul(
 
 
 def _power(code: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """bfloat16 [*shape] of one UE8M0 code: its exponent, but for 2^-127, which is subnormal."""
-    bits = lax.broadcast_in_dim(jnp.maximum(code.astype(jnp.int32) << 7, 1 << 6), shape, [])
+    """bfloat16 [*shape] of one UE8M0 code: its exponent, but for 2^-127, which is subnormal, and NaN."""
+    code = code.astype(jnp.int32)
+    least = jnp.where(code == NAN_CODE, NAN_BITS >> 16, 1 << 6)
+    bits = lax.broadcast_in_dim(jnp.maximum(code << 7, least), shape, [])
     return lax.bitcast_convert_type(plgpu.layout_cast(bits, SUMS).astype(jnp.uint16), jnp.bfloat16)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.compress import reference, sm90
@@ -45,6 +47,35 @@ def compress(
     return reference.compress(kv, gate, state, start, count, ape, norm_weight, frequencies, norm_eps=norm_eps)
 
 
+def require_alike(
+    rows: Rows,
+    kv: jax.Array,
+    gate: jax.Array,
+    state: CompressorState,
+    start: jax.Array,
+    count: jax.Array,
+    ape: jax.Array,
+    norm_weight: jax.Array,
+) -> None:
+    """Raises ValueError, naming the operand, where it does not fit kv [B, T, w]: kernels read by address."""
+    batch, _, width = kv.shape
+    entry = norm_weight.shape[-1]
+    if width not in (entry, 2 * entry) or ape.shape[-1] != width:
+        raise ValueError(
+            f"kv has {width} channels, ape {ape.shape[-1]}, norm_weight {entry}: w, w, and w or half of it"
+        )
+    if gate.shape != kv.shape:
+        raise ValueError(f"gate has shape {gate.shape}: it is that of kv, {kv.shape}")
+    if (rows.shape[0], rows.shape[-1]) != (batch, entry):
+        raise ValueError(f"rows have shape {rows.shape}: they are of {batch} sequences, {entry} channels")
+    for name, x in (("kv", state.kv), ("gate", state.gate)):
+        if (x.shape[0], x.shape[-1]) != (batch, width) or x.dtype != jnp.float32:
+            raise ValueError(f"the state's {name} is {x.dtype} {x.shape}: float32 [{batch}, slots, {width}]")
+    for name, x in (("start", start), ("count", count)):
+        if x.shape != (batch,):
+            raise ValueError(f"{name} has shape {x.shape}: one for each of {batch} sequences")
+
+
 @typed
 def compress_into(
     rows: Rows,
@@ -65,7 +96,9 @@ def compress_into(
     Rows and state are updated in place where the caller donates them (jit) or has no use for them any more: no other
     row is read or written. Entries with numbers from N on are dropped. A sequence's bits depend on no other. A kernel
     adds in an order of its own: one code in some ten thousand is its neighbour, where a value lies on the boundary.
+    Raises ValueError where shapes do not fit. The reference is differentiable, the kernel is not.
     """
+    require_alike(rows, kv, gate, state, start, count, ape, norm_weight)
     return COMPRESS(
         rows, kv, gate, state, start, count, ape, norm_weight, frequencies,
         norm_eps=norm_eps, implementation=implementation,

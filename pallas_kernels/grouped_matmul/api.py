@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Candidate, Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import reference, scaled_dot, sm90
+from pallas_kernels.grouped_matmul.gradient import with_gradient
+from pallas_kernels.products import stored
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
-from pallas_kernels.quant.weights import shown
+from pallas_kernels.quant.weights import require_rows_apart, shown
 from pallas_kernels.router import Routing
 from pallas_kernels.typing import typed
+
+
+def _reference(
+    x: jax.Array,
+    w1: Any,
+    w3: Any,
+    w2: Any,
+    routing: Routing,
+    *,
+    limit: float,
+    activations: QuantFormat | None = None,
+    batch_invariant: bool = False,
+) -> jax.Array:
+    """`reference.experts`, with the gradient that the kernels have where all three products round their input.
+
+    A weight that is not quantised needs a gradient of its own, and what is shown of w2 must not leave the layer: there
+    gradients pass each rounding straight through.
+    """
+    run = functools.partial(reference.experts, activations=activations, batch_invariant=batch_invariant)
+    if activations is None or not all(isinstance(stored(w), QuantTensor) for w in (w1, w3, w2)):
+        return run(x, w1, w3, w2, routing, limit=limit)
+    return with_gradient(run, x, w1, w3, w2, routing, limit=limit)
+
 
 EXPERTS = Op(
     "experts",
     [
         kernel(sm90.experts, sm90.unsupported_reason),
         Candidate("scaled_dot", scaled_dot.experts, scaled_dot.unsupported_reason),
-        reference_candidate(reference.experts),
+        reference_candidate(_reference),
     ],
 )
 
@@ -43,13 +70,29 @@ def experts(
     The routing weight multiplies before the second projection, so that a kernel can quantise its result. limit: of the
     SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights. batch_invariant: the bits
     of a token depend neither on the others nor on their number; implementations that cannot promise it refuse. Raises
-    ValueError where shapes do not fit.
+    ValueError where shapes do not fit, and in that mode for activations whose scales span rows.
     """
     count, inner, channels = w1.shape
     if x.shape[-1] != channels or tuple(w3.shape) != tuple(w1.shape) or tuple(w2.shape) != (count, channels, inner):
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, w1, w3, w2))
         raise ValueError(f"x, w1, w3 and w2 have shapes {shapes}: they do not fit [N, D], [E, I, D] twice, [E, D, I]")
+    _require_routing(routing, x.shape[0], count)
+    if batch_invariant:
+        for w in (w1, w3, w2):
+            require_rows_apart(w, activations)
     # What w2 sees exists only within the layer: the reference shows it.
     w1, w3 = shown(x, w1), shown(x, w3)
     how: dict[str, Any] = {"limit": limit, "activations": activations, "batch_invariant": batch_invariant}
     return EXPERTS(x, w1, w3, w2, routing, **how, implementation=implementation)
+
+
+def _require_routing(routing: Routing, tokens: int, experts: int) -> None:
+    """That rows are gathered and counted within bounds: XLA clamps an index beyond them and says nothing."""
+    k = routing.experts.shape[-1]
+    fitting = {"experts": (tokens, k), "weights": (tokens, k), "counts": (experts,), "order": (tokens * k,)}
+    for name, shape in fitting.items():
+        if (found := tuple(getattr(routing, name).shape)) != shape:
+            raise ValueError(
+                f"routing.{name} has shape {found}, not {shape}: there are {tokens} tokens, {k} choices each, "
+                f"and {experts} experts"
+            )

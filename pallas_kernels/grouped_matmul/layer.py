@@ -47,7 +47,7 @@ def down(product: Product, hidden: jax.Array, w2: Any, routing: Routing, activat
     # Back to token order by a gather: a scatter-add would sum in an order that depends on the other tokens.
     rows = jnp.arange(tokens * k, dtype=routing.order.dtype)
     place = jnp.zeros_like(routing.order).at[routing.order].set(rows)
-    return summed(out[place].reshape(tokens, k, -1)).astype(hidden.dtype)
+    return summed(out[place].reshape(tokens, k, out.shape[-1])).astype(hidden.dtype)
 
 
 def summed(of_choices: jax.Array) -> jax.Array:

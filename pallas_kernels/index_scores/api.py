@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.index_scores import reference, sm90
-from pallas_kernels.quant import Pages, Rows
+from pallas_kernels.quant import Pages, Rows, require_pages
 from pallas_kernels.typing import typed
 
 INDEX_SCORES = Op(
     "index_scores",
     [kernel(sm90.index_scores, sm90.unsupported_reason), reference_candidate(reference.index_scores)],
 )
+
+
+def require_alike(
+    q: jax.Array | Rows, keys: jax.Array | Rows | Pages, weights: jax.Array, counts: jax.Array | None
+) -> None:
+    """Raises ValueError, naming the operand, where it does not fit q: kernels read by address."""
+    batch, tokens, heads, width = q.shape
+    if isinstance(keys, Pages):
+        require_pages(keys, "keys")
+        sequences, found = None if keys.table is None else keys.table.shape[0], keys.width
+    else:
+        sequences, found = keys.shape[0], keys.shape[-1]
+    if sequences not in (None, batch) or found != width:
+        raise ValueError(f"keys are of {sequences} sequences and {found} channels, q is of {batch} and {width}")
+    if weights.shape != (batch, tokens, heads):
+        raise ValueError(f"weights have shape {weights.shape}: one for each query and head, {(batch, tokens, heads)}")
+    if counts is not None and counts.shape != (batch, tokens):
+        raise ValueError(f"counts have shape {counts.shape}: one for each query, {(batch, tokens)}")
 
 
 @typed
@@ -30,6 +49,8 @@ def index_scores(
     Queries come as the keys are stored, rotated where they are: `encode_rows`, or `as_cached`, whose values lie on the
     format's grid, so that quantising them again is exact. `weights` carry the width^-0.5 and heads^-0.5 factors.
     counts: how many leading keys each query wants, all by default. Scores of others are garbage, and a page behind
-    those that some query wants is not read, nor is its place in the table: `top_k` takes the same counts.
+    those that some query wants is not read, nor is its place in the table: `top_k` takes the same counts. Raises
+    ValueError where shapes do not fit.
     """
+    require_alike(q, keys, weights, counts)
     return INDEX_SCORES(q, keys, weights, counts, implementation=implementation)

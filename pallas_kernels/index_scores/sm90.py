@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.sm90 import device_reason
+from pallas_kernels.index_scores import reference
 from pallas_kernels.index_scores.tiling import ITEM, default_tiling
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import Pages, Rows, quantize
@@ -25,7 +26,7 @@ TAKEN = {("e4m3", (1, None), "float32"), ("e2m1", (1, 32), "ue8m0")}
 
 
 def unsupported_reason(q: Any, keys: Any, weights: jax.Array, counts: jax.Array | None = None) -> str | None:
-    """None also means that counts and weights fit: the types of the api say so."""
+    """Why the kernel does not take this call, None if it does. That shapes fit, the api has checked."""
     del weights, counts
     if reason := device_reason():
         return reason
@@ -72,6 +73,22 @@ def _bytes_of_scales(form: RowFormat, width: int) -> int:
 def index_scores(
     q: jax.Array | Rows, keys: Rows | Pages, weights: jax.Array, counts: jax.Array | None = None
 ) -> jax.Array:
+    """The op, with the kernel. Its gradients are the reference's, which computes everything again."""
+    return _index_scores(q, keys, weights, counts)
+
+
+def _forward(*args: Any) -> tuple[jax.Array, Any]:
+    return _index_scores(*args), args
+
+
+def _backward(args: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+    q, keys, weights, counts = args
+    _, pull = jax.vjp(lambda q, keys, weights: reference.index_scores(q, keys, weights, counts), q, keys, weights)
+    return *pull(cotangent), None
+
+
+@jax.custom_vjp
+def _index_scores(q: jax.Array | Rows, keys: Rows | Pages, weights: jax.Array, counts: jax.Array | None) -> jax.Array:
     from pallas_kernels.index_scores import kernel_sm90  # Pallas is slow to import
 
     batch, tokens, heads, width = q.shape
@@ -86,6 +103,9 @@ def index_scores(
     scores = kernel_sm90.index_scores(codes, scale, weights, operand, counts.astype(jnp.int32), tiling)
     entries = keys.rows if isinstance(keys, Pages) else keys.shape[1]
     return scores[..., :entries]
+
+
+_index_scores.defvjp(_forward, _backward)
 
 
 def _queries(q: jax.Array | Rows, form: RowFormat) -> tuple[jax.Array, jax.Array]:

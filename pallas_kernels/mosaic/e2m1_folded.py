@@ -27,6 +27,7 @@ from jax import lax
 from pallas_kernels.mosaic import e2m1_registers as registers
 from pallas_kernels.mosaic.e2m1_registers import BLOCK, BLOCKS, GROUP, GROUPS, ROWS, SPREAD, TABLE_WORDS
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.scales import NAN_BITS, NAN_CODE
 
 __all__ = [
     "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
@@ -174,21 +175,22 @@ def multiply(accumulator: Any, codes: jax.Array, other_smem: Any, staged_smem: A
 
 
 def scale_bits(code: jax.Array) -> jax.Array:
-    """Float32 bits of UE8M0 codes int32; infinity for the code 255."""
-    return jnp.maximum(code << 23, _LEAST)
+    """Float32 bits of UE8M0 codes int32; NaN for the code 255."""
+    return jnp.maximum(code << 23, jnp.where(code == NAN_CODE, NAN_BITS, _LEAST))
 
 
 def scale_product(of_rows: jax.Array, of_tokens: jax.Array) -> jax.Array:
     """float32 [64, n] of scales of rows, bits [64], times those of tokens [n], bits or float32.
 
-    One float product each. The code 255 gives infinity or NaN, never a number, and so does what is too large.
+    One float product each. NaN gives NaN, and what is too large infinity.
     """
     shape = (ROWS, *of_tokens.shape)
     rows, tokens = lax.broadcast_in_dim(of_rows, shape, [0]), lax.broadcast_in_dim(of_tokens, shape, [1])
     if is_interpreted() and tokens.dtype == jnp.int32:
         # XLA flushes the subnormal 2^-127 on the CPU, which a GPU multiplies as any other: exponents are added instead.
-        code = (rows >> 23) + (tokens >> 23) - 127
-        return lax.bitcast_convert_type(jnp.clip(code, 0, 255) << 23, jnp.float32)
+        code = jnp.clip((rows >> 23) + (tokens >> 23) - 127, 0, 255)
+        bits = jnp.where(jnp.maximum(rows, tokens) == NAN_BITS, NAN_BITS, code << 23)
+        return lax.bitcast_convert_type(bits, jnp.float32)
     rows, tokens = (x if x.dtype == jnp.float32 else lax.bitcast_convert_type(x, jnp.float32) for x in (rows, tokens))
     return rows * tokens
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.device import default_device
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 
 H100_SMS = 132
@@ -45,7 +46,7 @@ def sm_count() -> int:
     """Multiprocessors a persistent kernel spreads over: the device's, few in the interpreter, an H100's elsewhere."""
     if is_interpreted():
         return INTERPRETED_SMS
-    return int(getattr(jax.local_devices()[0], "core_count", H100_SMS))
+    return int(getattr(default_device(), "core_count", H100_SMS))
 
 
 def store_narrow(ref: Any, index: Any, value: jax.Array) -> None:

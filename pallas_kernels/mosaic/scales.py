@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+NAN_CODE = 255  # of UE8M0
+NAN_BITS = 0x7FC00000  # of float32: more than those of infinity, so that a maximum with them is NaN
+
 
 def scale_bytes(scale: jax.Array) -> jax.Array:
     """float8_e8m0fnu as uint8, the same memory; other types as they are."""
@@ -16,10 +19,12 @@ def scale_product(vector: jax.Array, scalar: jax.Array) -> jax.Array:
     """float32 product of a vector of scales and one scale, both bytes or both float32.
 
     Bytes multiply by adding exponents. A product below 2^-126 becomes 0, as float32 units flush it, and one from
-    2^128 on infinity; the NaN code 255 gives infinity or NaN too, never a number.
+    2^128 on infinity. The scalar's NaN gives NaN: no infinity, of which a clamp makes a number. The vector's does not:
+    its values are of activations, whose codes are NaN then.
     """
     if vector.dtype == jnp.float32:
         return vector * scalar
-    code = vector.astype(jnp.int32) + (scalar.astype(jnp.int32) - 127)
-    code = jnp.clip(code, 0, 255)
-    return lax.bitcast_convert_type(code << 23, jnp.float32)
+    scalar = scalar.astype(jnp.int32)
+    least = jnp.where(scalar == NAN_CODE, NAN_BITS, 0)
+    code = jnp.minimum(vector.astype(jnp.int32) + (scalar - 127), 255)
+    return lax.bitcast_convert_type(jnp.maximum(code << 23, least), jnp.float32)

@@ -135,9 +135,9 @@ def _tile_amax(x: Float32[Array, "... rows columns"], form: QuantFormat) -> Floa
     drops NaN from some shapes, and devices flush subnormals.
     """
     *leading, rows, columns = x.shape
-    high = rows if form.tile[0] is None else form.tile[0]
-    wide = columns if form.tile[1] is None else form.tile[1]
-    down, across = -(-rows // high), -(-columns // wide)
+    high = max(rows, 1) if form.tile[0] is None else form.tile[0]  # a tile of no rows has a scale, too
+    wide = max(columns, 1) if form.tile[1] is None else form.tile[1]
+    down, across = form.scale_shape(x.shape)[-2:]
     padding = [(0, 0)] * len(leading) + [(0, down * high - rows), (0, across * wide - columns)]
     tiles = jnp.pad(magnitude_bits(x), padding).reshape(*leading, down, high, across, wide)
     return float_of(jnp.max(tiles, axis=(-3, -1)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.quant.pages import pack_pages, page_layout, rows_of_bytes
+from pallas_kernels.quant.pages import pack_pages, page_bytes, page_layout, rows_of_bytes
 from pallas_kernels.quant.rows import Rows
 from pallas_kernels.row_format import RowFormat
 from pallas_kernels.typing import typed
@@ -42,6 +42,24 @@ class Pages:
     def rows(self) -> int:
         """Rows a sequence can name."""
         return (self.pool.shape[0] if self.table is None else self.table.shape[1]) * self.page_size
+
+
+def require_pages(pages: Pages, name: str) -> None:
+    """Raises ValueError, naming the pages, where pool or table are not what their format says: kernels read both by
+    address, and would read something else.
+    """
+    pool, table = pages.pool, pages.table
+    if pages.format.quant is None:
+        wanted, dtype = (pages.page_size, pages.width), jnp.dtype(pages.format.plain)
+    else:
+        wanted, dtype = (page_bytes(pages.format, pages.width, pages.page_size),), jnp.dtype(jnp.uint8)
+    if pool.shape[1:] != wanted or pool.dtype != dtype:
+        raise ValueError(
+            f"{name}: the pool is {pool.dtype} of pages {pool.shape[1:]}; {pages.page_size} rows of {pages.width} "
+            f"channels in this format take {dtype} {wanted}, see quant.paged"
+        )
+    if table is not None and (table.ndim != 2 or table.dtype != jnp.int32):
+        raise ValueError(f"{name}: the table is {table.dtype} of shape {table.shape}; it is int32 [B, n]")
 
 
 def paged(rows: Rows, page_size: int, table: jax.Array | None = None) -> Pages:

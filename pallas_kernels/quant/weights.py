@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def treat(x: jax.Array, w: Any, activations: QuantFormat | None) -> tuple[jax.Ar
     """The definition of every treatment: (input as the weight sees it, weight, input of the 16-bit channels).
 
     The input of a weight that is quantised goes through `activations` and back, in a tile that is no wider than the
-    input has channels; its dtype stays.
+    input has channels; its dtype stays. Gradients pass the rounding straight through.
     """
     scale = kept = None
     if isinstance(w, TreatedWeight):
@@ -117,8 +117,31 @@ def treat(x: jax.Array, w: Any, activations: QuantFormat | None) -> tuple[jax.Ar
             x = rotate_blocks(x)
         w = w.weight
     if activations is not None and isinstance(w, QuantTensor):
-        x = scaled(quantize_input(x, activations, scale), x.dtype).reshape(x.shape)
+        x = cast(jax.Array, _rounded(x, activations, scale))
     return x, w, kept
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _rounded(x: jax.Array, activations: QuantFormat, scale: jax.Array | None) -> jax.Array:
+    return scaled(quantize_input(x, activations, scale), x.dtype).reshape(x.shape)
+
+
+@_rounded.defjvp
+def _rounded_jvp(activations: QuantFormat, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    x, scale = primals
+    return _rounded(x, activations, scale), tangents[0]
+
+
+def require_rows_apart(w: Any, activations: QuantFormat | None) -> None:
+    """That a row of w's input is rounded to codes that depend on no other row. Raises ValueError."""
+    w = w.weight if isinstance(w, ObservedWeight) else w
+    w, scale = (w.weight, w.input_scale) if isinstance(w, TreatedWeight) else (w, None)
+    if activations is None or not isinstance(w, QuantTensor) or scale is not None or activations.tile[0] == 1:
+        return
+    raise ValueError(
+        f"batch_invariant: a scale of {activations.name} activations is that of several rows: "
+        "take tiles of one row, such as fp8_row or fp8_group, or a static scale"
+    )
 
 
 def quantize_input(

@@ -39,6 +39,8 @@ def router(
         raise ValueError(f"bias has shape {bias.shape}: there are {weight.shape[0]} experts")
     if experts is not None and experts.shape != (x.shape[0], k):
         raise ValueError(f"experts have shape {experts.shape}: {k} of each of {x.shape[0]} tokens")
+    if experts is None and k > weight.shape[0]:
+        raise ValueError(f"k is {k}: there are {weight.shape[0]} experts")
     return ROUTER(
         x, weight, bias, experts, k=k, scoring=scoring, normalize=normalize, scale=scale, implementation=implementation
     )

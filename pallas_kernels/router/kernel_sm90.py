@@ -11,7 +11,8 @@ What one warpgroup of a thread block does:
 What is handed over are words that are there when they are not 0 (words_sm90.py). The other warpgroup clears those that
 its thread block will wait for while the matrix is loaded, and waits until all thread blocks have done so, which takes a
 semaphore. Thread blocks wait for one another: there are no more than multiprocessors. The simulated GPU, which has no
-semaphores, runs three launches. A token's scores, experts and weights depend on no other.
+semaphores, runs three launches. For the same number of tokens, a token's scores, experts and weights depend on no
+other; that number may decide into how many parts K is split, and so the order of sums.
 
 Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two hand-overs (one for one
 token) and the choice. One token takes 4.9 us on an H200, of which 3.5 pass until partial logits are handed over and 1.3

@@ -60,7 +60,7 @@ def sparse_attention(
     named = {
         "window_index": window_index, "compressed_index": compressed_index, "compressed_count": compressed_count,
     }  # fmt: skip
-    require_alike(q, {"window": window, "compressed": compressed}, named, sink)
+    require_alike(q, {"window": window, "compressed": compressed}, named, sink, rotation)
     return DECODE(
         q, window, window_index, compressed, compressed_index, compressed_count, sink,
         scale=scale, rotation=rotation, implementation=implementation,
@@ -85,10 +85,15 @@ def sparse_attention_prefill(
 
     The LAST T rows of `band` are the queries' own tokens, the S - T before them the tokens that precede `start`;
     rows of positions below 0 are not read. The entries that a query names are distinct. The rest is as in
-    `sparse_attention`.
+    `sparse_attention`. Raises ValueError where shapes do not fit, for a band shorter than q, and for a width below 1.
     """
     named = {"compressed_index": compressed_index, "compressed_count": compressed_count}
     require_alike(q, {"band": band, "compressed": compressed}, named, sink)
+    if width < 1 or band.shape[1] < q.shape[1]:
+        raise ValueError(
+            f"a window of {width} over a band of {band.shape[1]} rows for {q.shape[1]} queries: it is 1 or more, and "
+            "the band's last rows are the queries' own"
+        )
     if start.shape != q.shape[:1]:
         raise ValueError(f"start has shape {start.shape}: it has one position for each of {q.shape[0]} sequences")
     return PREFILL(

@@ -231,7 +231,7 @@ def attend(
                 share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
                 if sink_gmem is not None and splits == 1:
                     sink2 = plgpu.load(sink_gmem.at[heads_gmem], layout=PER_HEAD, optimized=False) * LOG2_E
-                    share = share / (1 + jnp.exp2(sink2 - lse2))
+                    share = jnp.where(some, share / (1 + jnp.exp2(sink2 - lse2)), 0.0)  # also if the sink is NaN
                 sums = [x * lax.broadcast_in_dim(share, x.shape, [0]) for x in sums]
 
                 def of_piece(i):

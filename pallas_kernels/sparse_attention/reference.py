@@ -53,7 +53,7 @@ def sparse_attention_prefill(
 ) -> tuple[jax.Array, jax.Array]:
     batch, tokens, heads, head_dim = q.shape
     history = band.shape[1] - tokens
-    block = tokens if band.shape[1] <= width + BLOCK else BLOCK  # short or full attention: one dense block
+    block = max(tokens, 1) if band.shape[1] <= width + BLOCK else BLOCK  # short or full attention: one dense block
     blocks = -(-tokens // block)
     before = min(width - 1, band.shape[1] - 1) if blocks > 1 else history
     # Pad so that every block of queries has `before` rows in front of it and the last one is full.
@@ -156,7 +156,7 @@ def gather(entries: jax.Array | Rows | Pages, index: jax.Array, dtype: jnp.dtype
             picked = decode_rows(take_paged(entries, flat), dtype)
         case _:
             picked = jnp.take_along_axis(entries, flat[..., None], axis=1).astype(dtype)
-    return jnp.where((index >= 0)[..., None], picked.reshape(batch, tokens, count, -1), 0)
+    return jnp.where((index >= 0)[..., None], picked.reshape(batch, tokens, count, picked.shape[-1]), 0)
 
 
 def _in_order(entries: jax.Array | Rows | Pages, batch: int) -> jax.Array | Rows:

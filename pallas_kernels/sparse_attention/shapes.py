@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.quant import Pages, Rows
+from pallas_kernels.quant import Pages, Rows, require_pages
+from pallas_kernels.rotary import Rotation
 
 
 def require_alike(
@@ -15,6 +16,7 @@ def require_alike(
     entries: Mapping[str, Any],
     named: Mapping[str, jax.Array | None],
     sink: jax.Array | None,
+    rotation: Rotation | None = None,
 ) -> None:
     """Raises ValueError, naming the operand, where it does not fit q [B, T, H, K].
 
@@ -24,6 +26,8 @@ def require_alike(
     for name, x in entries.items():
         if x is None:
             continue
+        if isinstance(x, Pages):
+            require_pages(x, f"{name} entries")
         found, sequences = _width(x), _sequences(x)
         if found != width:
             raise ValueError(f"{name} entries have {found} channels, q has {width}: both are keys of one width")
@@ -36,6 +40,13 @@ def require_alike(
             raise ValueError(f"{name} has shape {x.shape}: it begins with q's batch and tokens, {(batch, tokens)}")
     if sink is not None and sink.shape != (heads,):
         raise ValueError(f"sink has shape {sink.shape}: it has one value for each of q's {heads} heads")
+    if rotation is not None:
+        cos, sin = rotation
+        if cos.shape != sin.shape or cos.shape[:-1] != (batch, tokens) or not 0 < 2 * cos.shape[-1] <= width:
+            raise ValueError(
+                f"rotation has cosines {cos.shape} and sines {sin.shape}: both are [B, T, half], {(batch, tokens)} and "
+                f"at most half of q's {width} channels"
+            )
     if entries["compressed"] is not None and named["compressed_index"] is None and named["compressed_count"] is None:
         raise ValueError("compressed entries have neither index nor count: give one, or both")
 

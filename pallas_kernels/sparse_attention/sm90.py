@@ -42,7 +42,7 @@ def unsupported_reason(
     rotation: Rotation | None = None,
 ) -> str | None:
     """Why the kernel does not take this call, None if it does."""
-    del sink, scale, rotation
+    del sink, scale
     if reason := device_reason():
         return reason
     _, tokens, heads, width = q.shape
@@ -54,7 +54,7 @@ def unsupported_reason(
         return f"q of shape {q.shape}: it takes 1 to {MOST_QUERIES} queries of a sequence"
     if reason := numbers_reason(window_index, compressed_index, compressed_count):
         return reason
-    if window_index.shape[-1] == 0 and compressed is None:
+    if window_index.shape[-1] == 0 and (compressed is None or _names_none(compressed_index)):
         return "there are no entries"
     formats = set()
     for name, entries in (("window", window), ("compressed", compressed)):
@@ -62,7 +62,16 @@ def unsupported_reason(
             if reason := _entries_reason(entries):
                 return f"{name} entries {reason}"
             formats.add(entries.format)
-    return f"entries are stored in two formats: {formats}" if len(formats) > 1 else None
+    if len(formats) > 1:
+        return f"entries are stored in two formats: {formats}"
+    turned, tail = 0 if rotation is None else 2 * rotation.cos.shape[-1], _sizes(window)[1] // 2
+    if turned > tail and len(_spread(window)) > 1:
+        return f"{turned} channels are turned, of which {tail} lie behind codes that do not fill tiles of {TILE}"
+    return None
+
+
+def _names_none(index: jax.Array | None) -> bool:
+    return index is not None and index.shape[-1] == 0
 
 
 def numbers_reason(*numbers: jax.Array | None) -> str | None:
@@ -119,14 +128,14 @@ def _forward(scale: float, *args: Any) -> tuple[Any, Any]:
 def _backward(scale: float, args: Any, cotangents: Any) -> tuple[Any, ...]:
     q, window, window_index, compressed, compressed_index, compressed_count, sink, rotation = args
 
-    def again(q: jax.Array, window: Any, compressed: Any, sink: Any) -> Any:
+    def again(q: jax.Array, window: Any, compressed: Any, sink: Any, rotation: Any) -> Any:
         named = (compressed_index, compressed_count)
         how = {"scale": scale, "rotation": rotation}
         return reference.sparse_attention(q, window, window_index, compressed, *named, sink, **how)
 
-    _, pull = jax.vjp(again, q, window, compressed, sink)
-    of_q, of_window, of_compressed, of_sink = pull(cotangents)
-    return of_q, of_window, None, of_compressed, None, None, of_sink, None
+    _, pull = jax.vjp(again, q, window, compressed, sink, rotation)
+    of_q, of_window, of_compressed, of_sink, of_rotation = pull(cotangents)
+    return of_q, of_window, None, of_compressed, None, None, of_sink, of_rotation
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,7 +158,7 @@ def _attend(
     sources = []
     if window_index.shape[-1]:
         sources.append(source(window, window_index, None))
-    if compressed is not None:
+    if compressed is not None and not _names_none(compressed_index):
         sources.append(source(compressed, compressed_index, compressed_count))
     spread = _spread(window)
     filled = -(-heads // HEADS) * HEADS

@@ -26,6 +26,8 @@ def top_k(
     """Indices of the k best of the first `counts` scores of each row, best first; -1 where there are no more.
 
     Returns int32 [..., min(k, C)]. Ties go to the lower index; -0 equals +0; NaN, of either sign,
-    comes before all numbers.
+    comes before all numbers. Raises ValueError for counts of other rows.
     """
+    if counts.shape != scores.shape[:-1]:
+        raise ValueError(f"counts have shape {counts.shape}: scores of shape {scores.shape} have one for each row")
     return TOP_K(scores, k, counts, implementation=implementation)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.block_matmul.sm90 import device_reason
-from pallas_kernels.top_k.tiling import BLOCK, MOST_CHOSEN, MOST_ENTRIES, SINGLE, default_tiling
+from pallas_kernels.top_k.tiling import BLOCK, MOST_CHOSEN, MOST_ENTRIES, MOST_ROWS, SINGLE, default_tiling
 
 
 def unsupported_reason(scores: jax.Array, k: int, counts: jax.Array) -> str | None:
@@ -22,6 +22,8 @@ def unsupported_reason(scores: jax.Array, k: int, counts: jax.Array) -> str | No
         return f"the {k} best: it takes 1 to {MOST_CHOSEN}"
     if columns > SINGLE and columns % BLOCK:
         return f"a row of {columns} entries: above {SINGLE} it takes multiples of {BLOCK}"
+    if columns > SINGLE and counts.size > MOST_ROWS:
+        return f"{counts.size} rows of {columns} entries: above {SINGLE} entries it takes up to {MOST_ROWS}"
     return None if counts.size else "there are no rows"
 
 

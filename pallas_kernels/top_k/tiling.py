@@ -8,6 +8,7 @@ BLOCK = 2048  # entries of a thread block that looks for maxima
 LANES = 128
 CHUNK, LOAD, GATHER, FEW = 16, 32, 6, 2  # the most of a thread at once; see RowTiling
 WARPGROUPS = 4
+MOST_ROWS = 65535  # of a launch over rows: CUDA's limit of a grid's second axis
 SINGLE = 8192  # entries up to which tiles are single entries
 MOST_CHOSEN, MOST_ENTRIES = 2048, 262144
 MOST_RANKED = 1024  # of more, shared memory has no room for those that are nearly among them, nor for spare tiles

@@ -33,7 +33,7 @@ from pallas_kernels.grouped_matmul import experts
 from pallas_kernels.grouped_matmul import tilings as layer_tilings
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor, TreatedWeight, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, ObservedWeight, QuantTensor, TreatedWeight, quantize
 from pallas_kernels.router import Routing
 
 H100 = KINDS["H100 / H200"]
@@ -211,6 +211,24 @@ def test_who_refuses():
         args = x, stack, stack, stack, routing_of(np.zeros((8, 2), np.int32), 2)
         candidate, refusals = experts_api.EXPERTS.choose(args, how | {"limit": 0.0})
     assert candidate.name == "reference" and refusals[1] == f"scaled_dot: {ORDER}"
+
+
+@pytest.mark.parametrize("activations", [FORMATS["fp8_tensor"], FP8_BLOCK], ids=["tensor", "blocks"])
+def test_scales_that_span_rows_are_refused(activations):
+    """A large row would change what its neighbours are rounded to; by a static scale it does not."""
+    how = {"activations": activations, "batch_invariant": True}
+    x, w = normal(0, 4, 128), quantize(normal(1, 64, 128), ROW)
+    refused = pytest.raises(ValueError, match="batch_invariant: a scale of .* take tiles of one row, such as fp8_row")
+    with refused:
+        matmul(x, w, **how)
+    stack = quantize(normal(1, 2, 128, 128), ROW)
+    routing = routing_of(np.array([[0, 1]] * 4, np.int32), 2)
+    with refused:
+        experts(x, stack, stack, ObservedWeight(TreatedWeight(stack), "w2"), routing, limit=0.0, **how)
+    assert matmul(x, normal(1, 64, 128), **how).shape == (4, 64)  # nothing is rounded
+    static = TreatedWeight(w, jnp.ones((1, 1), activations.scale_dtype))
+    alone, beside = (matmul(rows, static, **how) for rows in (x[:1], x.at[1].multiply(100)))
+    np.testing.assert_array_equal(alone[0], beside[0])
 
 
 def routing_of(chosen, count):

@@ -215,6 +215,20 @@ def test_tuning_tries_everything_and_resumes(timed, tmp_path):
     assert [row["tuning"] for row in results.read(path)] == [True] * 8 + [False] * 2
 
 
+def test_a_case_whose_inputs_failed_is_tried_again(timed, tmp_path, monkeypatch):
+    def full(key):
+        raise MemoryError("the device is full")
+
+    path = tmp_path / "rows.jsonl"
+    arguments = ["block_matmul", "--ours", "--json", str(path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "benches", lambda op: [fake_case("one", inputs=full)])
+        command.main(arguments)
+    for _ in range(2):
+        command.main([*arguments, "--only", "one"])
+    assert [row["reason"] for row in results.read(path)] == ["inputs: MemoryError: the device is full", None]
+
+
 def test_who_was_not_beside_is_still_timed(timed, tmp_path):
     path = tmp_path / "rows.jsonl"
     command.main(["block_matmul", "--ours", "--json", str(path)])

@@ -34,6 +34,10 @@ def test_the_table_keeps_the_fastest_tilings(tmp_path, monkeypatch):
     assert table["m=8 n=64 k=128"]["stages"] == 5 and other in table
     with pytest.raises(TableError, match="was measured on NVIDIA B200"):
         results.write_tables([result("a", 1.0, device="NVIDIA B200")], tmp_path)
+    before = (folder / "tiling_h100.json").read_text()
+    with pytest.raises(TableError, match="measured on NVIDIA H100 80GB HBM3 and on NVIDIA H200: one device"):
+        results.write_tables([result("a", 2.0), result("b", 1.0, device="NVIDIA H200")], tmp_path)
+    assert (folder / "tiling_h100.json").read_text() == before
 
 
 def test_files_are_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 from pallas_kernels import block_matmul
-from pallas_kernels.quant import FP8_BLOCK, QuantTensor
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor
 from pallas_kernels.quant import dequantize as eager_dequantize
+from pallas_kernels.quant import quantize as eager_quantize
 
 matmul = functools.partial(jax.jit, static_argnames="out_dtype")(block_matmul.matmul)
 block_diagonal_matmul = jax.jit(block_matmul.block_diagonal_matmul)
 dequantize = jax.jit(eager_dequantize)
+quantize = jax.jit(eager_quantize, static_argnums=1)
 
 
 def normal(seed, *shape):
@@ -51,3 +54,37 @@ def test_each_group_has_its_own_rows_of_the_weight():
     np.testing.assert_allclose(
         block_diagonal_matmul(x, quantised), block_diagonal_matmul(x, dequantize(quantised)), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("activations", [None, *map(FORMATS.get, ("fp8_group", "fp8_row", "int8_row", "fp8_tensor"))])
+def test_no_rows(activations, batch_invariant):
+    w, how = fp8(1, 64, 256), {"batch_invariant": batch_invariant, "implementation": "reference"}
+    if not batch_invariant or activations is None or activations.tile[0] == 1:
+        multiply = jax.jit(functools.partial(block_matmul.matmul, activations=activations, **how))
+        assert multiply(jnp.zeros((2, 0, 256)), w).shape == (2, 0, 64)
+    by_groups = jax.jit(functools.partial(block_matmul.block_diagonal_matmul, **how))
+    assert by_groups(jnp.zeros((0, 2, 256)), w).shape == (0, 64)
+
+
+def test_what_does_not_fit_is_named():
+    x, w = jnp.ones((2, 3, 128)), fp8(1, 64, 128)
+    for rows, columns in ((5, 128), (6, 256)):
+        codes = quantize(jnp.ones((rows, columns)), FP8_GROUP)
+        with pytest.raises(ValueError, match=rf"codes have shape \({rows}, {columns}\): the rows of x .* \(6, 128\)"):
+            block_matmul.matmul(x, w, activations=FP8_GROUP, codes=codes)
+    stack = quantize(jnp.ones((2, 64, 128)), FP8_BLOCK)
+    with pytest.raises(ValueError, match=r"w has shape \(2, 64, 128\): a matrix"):
+        block_matmul.matmul(x, stack)
+
+
+def test_a_product_for_each_of_several_rows_of_codes():
+    """Under vmap everything has the shapes of one of them."""
+    x, w = jnp.asarray(normal(0, 2, 3, 128)), fp8(1, 64, 128)
+
+    def run(x, codes):
+        return block_matmul.matmul(x, w, activations=FP8_GROUP, codes=codes)
+
+    codes = jax.jit(jax.vmap(lambda x: eager_quantize(x, FP8_GROUP)))(x)
+    got, want = jax.jit(jax.vmap(run))(x, codes), jax.jit(run)(x, None)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

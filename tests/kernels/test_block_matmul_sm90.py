@@ -149,6 +149,30 @@ def test_nan_stays_in_its_row():
         np.testing.assert_array_equal(np.delete(a, (3, 5), 0), np.delete(b, (3, 5), 0))
 
 
+@pytest.mark.parametrize("scale", ["ue8m0", "float32"])
+@pytest.mark.parametrize(
+    ("tiling", "shape"),
+    [
+        (ManyRows(128, 128, 2, "rows"), (128, 256, 512)),
+        (ManyRows(64, 128, 2, "columns", blocks=2, in_flight=2, shares=2), (64, 256, 512)),
+        (FewRows(blocks=2, stages=2, warpgroups=2), (8, 256, 512)),
+    ],
+    ids=["scales in words", "scales in blocks", "few rows"],
+)
+def test_nan_of_a_weight_scale(tiling, shape, scale):
+    """It reaches the results of its block, also by tiny scales of activations, and changes no bit of the others."""
+    many = isinstance(tiling, ManyRows)
+    x, w = operands(*shape, formats=[dataclasses.replace(form, scale=scale) for form in (FP8_GROUP, FP8_BLOCK)])
+    poison = jnp.uint8(255) if scale == "ue8m0" else jnp.nan
+    x_scale, w_scale = scale_bytes(x.scale), scale_bytes(w.scale)
+    run = functools.partial((kernel_sm90 if many else decode_sm90).matmul, x.values, x_scale if many else x_scale.T)
+    with interpreted():
+        scales = w_scale, w_scale.at[1, 2].set(poison)
+        want, got = (np.asarray(run(w.values, of_w, tiling), np.float32) for of_w in scales)
+    assert np.isfinite(want).all() and np.isnan(got[:, 128:]).all()
+    np.testing.assert_array_equal(got[:, :128], want[:, :128])
+
+
 @pytest.mark.parametrize(
     "formats",
     [(FP8_GROUP, FORMATS["e5m2"]), (FORMATS["e5m2_group"], FP8_BLOCK)],

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from pallas_kernels.device import KINDS, Device, current, parse_capability, pretend
+from pallas_kernels.device import KINDS, Device, current, default_device, parse_capability, pretend
 
 # kind -> FP8, INT8, bfloat16 matrix units
 UNITS = {
@@ -27,6 +27,16 @@ def test_units_of_every_kind():
 
 def test_references_multiply_in_what_the_device_has():
     assert {name for name, device in KINDS.items() if device.matmul_dtype == "float32"} == {"T4", "CPU"}
+
+
+def test_the_default_device_is_the_one_that_jax_was_told():
+    for chosen in (jax.local_devices()[-1], "cpu"):
+        with jax.default_device(chosen):
+            assert default_device().platform == "cpu"
+            assert current().platform == "cpu"
+    last = jax.local_devices()[-1]
+    with jax.default_device(last):
+        assert default_device() == last
 
 
 def test_this_one():

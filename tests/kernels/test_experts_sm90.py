@@ -150,6 +150,26 @@ def test_narrow_experts_are_filled_up(form):
     assert np.sqrt(np.mean((got - want) ** 2)) <= 1e-2 * np.sqrt(np.mean(want**2))
 
 
+@pytest.mark.parametrize(
+    ("form", "rows", "activations"),
+    [(FP8_BLOCK, (0, 1), FP8_GROUP), (MXFP4, (7, 3), dataclasses.replace(FP8_GROUP, scale="float32", floor=1e-4))],
+    ids=["fp8", "mxfp4"],
+)
+def test_nan_of_a_weight_scale(form, rows, activations):
+    """The clamp makes no number of it: the token of its expert is NaN, and only that."""
+    rng = np.random.default_rng(6)
+    shapes = (E, 128, 256), (E, 128, 256), (E, 256, 128)
+    gate, up, down = (quantize(jnp.asarray(rng.normal(size=s) / 16, jnp.float32), form) for s in shapes)
+    up = dataclasses.replace(up, scale=up.scale.at[2, *rows].set(jnp.nan))
+    x, routing = jnp.asarray(rng.normal(size=(2, 256)), jnp.bfloat16), routing_of([[0, 2], [1, 3]])
+    run = functools.partial(layer, x, gate, up, down, routing, limit=2.0, activations=activations)
+    with interpreted():
+        got = np.asarray(run(implementation="sm90"), np.float32)
+    want = np.asarray(run(implementation="reference"), np.float32)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert np.isnan(want[0]).all() and np.isfinite(want[1]).all()
+
+
 def exact(x, routing, limit):
     """float64 on the dequantised operands, hidden rows rounded as between the two kernels."""
     w1, w3, w2 = (np.asarray(dequantize(w), np.float64) for w in weights())

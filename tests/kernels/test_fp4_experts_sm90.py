@@ -1,5 +1,6 @@
 """Experts with MXFP4 weights on Hopper: the kernel and the layer in the interpreter, race detection on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -151,6 +152,30 @@ def test_scales_of_every_size(apart):
         y = of_one_expert(jnp.asarray(x), x_scale, jnp.asarray(packed), w_scale, Mxfp4Rows(4, 2, 1))
         y.block_until_ready()
     check(y, want, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "beside"), [(FP8_GROUP, 127), (FLOAT_GROUP, 127), (FP8_GROUP, 245)], ids=["far", "far, float32", "near"]
+)
+def test_nan_of_a_weight_scale(form, beside):
+    """It reaches the results of its row of weights, of which a clamp makes no numbers; others are right.
+
+    Scales beside it are 2^(beside - 127): the last ones are within what a table holds of the code 255.
+    """
+    x, w = quantized((8, 512), form), quantized((64, 512), MXFP4, seed=1)
+    scale = scale_bytes(w.scale).at[:, 4:8].set(beside)
+    if beside > 127:
+        x = dataclasses.replace(x, scale=x.scale * jnp.asarray(2.0**-110, x.scale.dtype))
+    poisoned = np.asarray([0, 9, 63])
+    pair = w.values[None], scale.at[poisoned, 6].set(255)[None]
+    how = {"out_dtype": jnp.float32, "row_blocks": row_blocks([0]), "epilogue": lambda sums, _: jnp.clip(sums, -9, 9)}
+    with interpreted():
+        y = expert_rows(*arranged(x.values, scale_bytes(x.scale), 8), [pair], Mxfp4Rows(2, 2, 1), rows=8, **how)
+        y = np.asarray(y)
+    w = dataclasses.replace(w, scale=jax.lax.bitcast_convert_type(scale, w.scale.dtype))
+    want = np.clip(exact(x) @ exact(w).T, -9, 9)
+    assert np.isnan(y[:, poisoned]).all() and np.std(want) > 1
+    check(np.delete(y, poisoned, 1), np.delete(want, poisoned, 1), jnp.float32)
 
 
 @pytest.mark.parametrize("spread", [NEAR, FAR], ids=["near", "far"])

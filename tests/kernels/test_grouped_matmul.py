@@ -111,6 +111,26 @@ def test_an_expert_layer(tokens, limit):
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("activations", [None, FORMATS["fp8_row"]])
+def test_no_tokens(activations, batch_invariant):
+    routing, empty = routing_of(1, 2), jnp.zeros((0, 2), jnp.int32)
+    none = Routing(empty, empty.astype(jnp.float32), routing.scores[:0], 0 * routing.counts, empty[:, 0])
+    w = [quantize(normal(seed, EXPERTS, IN, IN), FORMATS["fp8_row"]) for seed in range(3)]
+    how = {"limit": 1.0, "activations": activations, "batch_invariant": batch_invariant}
+    run = jax.jit(functools.partial(experts, **how, implementation="reference"))
+    assert run(jnp.zeros((0, IN)), *w, none).shape == (0, IN)
+
+
+def test_a_routing_of_other_tokens_is_named():
+    x, routing, w = normal(0, 5, IN), routing_of(5, 2), normal(1, EXPERTS, IN, IN)
+    odd = {"experts": (3, 2), "weights": (5, 3), "counts": (4,), "order": (9,)}
+    for name, shape in odd.items():
+        other = routing._replace(**{name: jnp.zeros(shape, getattr(routing, name).dtype)})
+        with pytest.raises(ValueError, match=rf"routing.{name} has shape \({shape[0]},.*5 tokens, 2 choices"):
+            experts(jnp.asarray(x), *[jnp.asarray(w)] * 3, other, limit=0.0)
+
+
 @pytest.mark.parametrize("form", ["fp8_row", "fp8_tensor", "int8_row", "int8_tensor"])
 @pytest.mark.parametrize("rows", [4, 20], ids=["few rows", "many rows"])
 def test_products_of_codes_are_the_reference(form, rows):

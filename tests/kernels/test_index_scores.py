@@ -1,7 +1,9 @@
 """Indexer scores: a ReLU per head, then the weighted sum; entries a query cannot see may hold anything."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.index_scores import index_scores
 from pallas_kernels.top_k import top_k
@@ -23,6 +25,19 @@ def test_definition():
     for b, t, c in np.ndindex(2, 3, 5):
         want = sum(weights[b, t, h] * max(0.0, float(q[b, t, h] @ keys[b, c])) for h in range(4))
         np.testing.assert_allclose(got[b, t, c], want, rtol=1e-4, atol=1e-4)
+
+
+def test_operands_that_do_not_fit_are_refused():
+    q, keys, weights = jnp.zeros((2, 1, 3, 8)), jnp.zeros((2, 5, 8)), jnp.zeros((2, 1, 3))
+    counts = jnp.zeros((2, 1), jnp.int32)
+    for changed, match in (
+        ({"keys": keys[:1]}, "keys"),
+        ({"weights": weights[:1]}, "weights"),
+        ({"counts": counts[:1]}, "counts"),
+    ):
+        given = {"keys": keys, "weights": weights, "counts": counts} | changed
+        with pytest.raises((ValueError, TypeError), match=match):
+            index_scores(q, **given)
 
 
 def test_invisible_keys_do_not_disturb_the_selection():

@@ -34,6 +34,19 @@ def operands(batch, tokens, entries, heads=HEADS, width=WIDTH, seed=0):
     return q, keys, jnp.asarray(rng.normal(size=(batch, tokens, heads)), jnp.float32)
 
 
+def test_gradients_are_those_of_the_reference():
+    q, keys, weights = operands(1, 2, 40)
+
+    def loss(weights, implementation):
+        return jnp.sum(jnp.tanh(index_scores(q, keys, weights, implementation=implementation)))
+
+    with interpreted():
+        got = jax.block_until_ready(jax.grad(loss)(weights, "sm90"))
+    want = jax.grad(loss)(weights, "reference")
+    assert jnp.any(want != 0)
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2 * float(jnp.max(jnp.abs(want))))
+
+
 def table_of(batch, entries, page, seed=0):
     each = -(-entries // page)
     return jnp.asarray(np.random.default_rng(seed).permutation(batch * each).reshape(batch, each).astype(np.int32))

@@ -15,7 +15,7 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, quantize
 from pallas_kernels.quantize_rows import kernel_sm90, quantize_rows, rms_norm_quantize_rows
 from pallas_kernels.quantize_rows.cases import RowsCase
 from pallas_kernels.quantize_rows.tiling import MOST_COLUMNS, RowTiling, default_tiling, unsupported_reason
@@ -265,3 +265,11 @@ def test_a_benchmark_computes_what_it_says(normed):
     assert case.judge(got, want) is None
     assert "of the codes differ" in (case.judge((want[0][::-1], want[1]), want) or "")
     assert case.ours and case.limit > 0 and len(list(bench.benches())) == 8
+
+
+@pytest.mark.parametrize("form", [FP8_GROUP, FP8_BLOCK, FORMATS["fp8_row"], FORMATS["fp8_tensor"]], ids=str)
+def test_no_rows(form):
+    """The whole has one scale even so."""
+    got = quantize_rows(jnp.zeros((0, 256)), form, implementation="reference")
+    assert got.values.shape == (0, 256) and got.scale.shape == form.scale_shape((0, 256)) and not got.validate()
+    assert np.isfinite(got.scale.astype(jnp.float32)).all()

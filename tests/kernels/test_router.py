@@ -107,6 +107,11 @@ def test_gradients_survive_hopeless_experts(scoring):
     assert np.any(gradients[0]) and np.any(gradients[1]) and not np.any(gradients[2])
 
 
+def test_more_choices_than_experts_are_refused():
+    with pytest.raises(ValueError, match="k is 5: there are 4 experts"):
+        route(normal(0, 2, 3), normal(1, 4, 3), None, None, k=5, scoring="softmax", normalize=True, scale=1.0)
+
+
 def test_unknown_scoring_is_named():
     with pytest.raises(ValueError, match="scoring is 'relu': sqrtsoftplus, sigmoid or softmax"):
         route(normal(0, 2, 3), normal(1, 4, 3), None, None, k=1, scoring="relu", normalize=True, scale=1.0)

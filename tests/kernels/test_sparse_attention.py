@@ -1,5 +1,6 @@
 """Both forms of sparse attention against a float64 loop over single entries, with NaN in every slot not to be read."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.rotary import rotation, turn
+from pallas_kernels.quant import encode_rows, paged
+from pallas_kernels.rotary import Rotation, rotation, turn
+from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
 
 SCALE = 0.3
@@ -281,6 +284,28 @@ def test_gradients_of_decode_do_not_touch_what_is_not_read():
     read = [np.any(g, axis=-1) for g in gradients[1:3]]
     np.testing.assert_array_equal(read[0], [[True, False, True, False], [False] * 4])
     np.testing.assert_array_equal(read[1], [[False, True, False, False, True], [False] * 5])
+
+
+def test_operands_that_do_not_fit_are_refused():
+    """By name: kernels read by address."""
+    entries = encode_rows(jnp.zeros((2, 8, 64)), entry_format("fp8", 16))
+    q, index = jnp.zeros((2, 1, 4, 64)), jnp.zeros((2, 1, 3), jnp.int32)
+    pages = paged(entries, 4)
+
+    def attend(entries, turned=None):
+        return sparse_attention(q, entries, index, None, None, None, None, scale=1.0, rotation=turned)
+
+    for shape in ((1, 1, 8), (2, 2, 8), (2, 1, 33)):
+        with pytest.raises((ValueError, TypeError), match="rotation|turned"):
+            attend(entries, Rotation(jnp.ones(shape), jnp.ones(shape)))
+    with pytest.raises(ValueError, match=r"window entries: the pool is uint8 of pages \(\d+,\); 4 rows of 64"):
+        attend(dataclasses.replace(pages, pool=pages.pool[:, :-1]))
+    with pytest.raises(ValueError, match="the table is int16"):
+        attend(dataclasses.replace(pages, table=pages.table.astype(jnp.int16)))
+    with pytest.raises(ValueError, match="a band of 3 rows for 4 queries"):
+        start = jnp.zeros(2, jnp.int32)
+        prefill = functools.partial(sparse_attention_prefill, jnp.zeros((2, 4, 4, 64)), scale=1.0)
+        prefill(jnp.zeros((2, 3, 64)), start, None, None, None, None, width=8)
 
 
 def test_a_narrow_cache_under_wide_queries():

@@ -15,9 +15,12 @@ from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import Pages, Rows, encode_rows, paged
+from pallas_kernels.quant.pages import page_bytes
 from pallas_kernels.rotary import rotation
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, sm90, sparse_attention
+from pallas_kernels.sparse_attention import kernel_sm90 as few_sm90
+from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
 
 FORM = entry_format("fp8", 64)
 WIDTH, FULL, SCALE = 128, 512, 512**-0.5  # channels of most tests, where 512 would take four times as long
@@ -40,7 +43,15 @@ def kernel_of_parts(parts, *args, turned=None):
     """The entries of a query divided among so many thread blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sm90, "splits", lambda units, blocks, sms: parts)
-        return kernel(*args, turned=turned)
+        forget()
+        found = kernel(*args, turned=turned)
+    forget()
+    return found
+
+
+def forget():
+    """What has been traced: calls of the same shapes would run as they were divided then."""
+    api.DECODE.candidates[0].run.clear_cache()
 
 
 def turns(batch, tokens, half):
@@ -96,8 +107,25 @@ def queries(key, batch, tokens, heads=64, width=WIDTH):
 
 @pytest.fixture(params=["few", "many"])
 def which(request, monkeypatch):
-    """Both kernels: for thread blocks with few blocks of entries, and with many."""
+    """Both kernels: for thread blocks with few blocks of entries, and with many. A test runs that one alone."""
+    ran = set()
+
+    def watched(name, module):
+        attend = module.attend
+
+        def run(*args, **how):
+            ran.add(name)
+            return attend(*args, **how)
+
+        monkeypatch.setattr(module, "attend", run)
+
+    watched("few", few_sm90)
+    watched("many", many_sm90)
     monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
+    forget()
+    yield
+    forget()
+    assert ran == {request.param}
 
 
 SINK = np.concatenate([np.linspace(-3, 3, 62), [np.inf, -np.inf]]).astype(np.float32)
@@ -224,6 +252,41 @@ def test_gradients_are_those_of_the_reference():
         assert disagreement(ours, theirs, relative=1e-2, elementwise=2.0**-6) is None
 
 
+@pytest.mark.usefixtures("which")
+def test_a_sink_of_nan_leaves_a_query_without_entries_at_zero():
+    entries = rows(0, 1, 8)
+    index = np.array([[[-1, -1]]], np.int32)
+    out, lse = kernel(queries(1, 1, 1), entries, index, None, None, None, np.full(64, np.nan, np.float32))
+    assert not np.any(out) and np.isneginf(lse).all()
+
+
+def test_a_list_without_places_is_no_list():
+    """Beside another; with none at all, the kernel refuses."""
+    q, entries = queries(1, 1, 1), rows(0, 1, 8)
+    index, none = np.array([[[2, 5]]], np.int32), np.zeros((1, 1, 0), np.int32)
+    for window, compressed in ((index, none), (none, index)):
+        args = q, entries, window, entries, compressed, None, SINK
+        check(kernel(*args), reference(*args))
+    out, lse = reference(q, entries, none, entries, none, None, SINK)
+    assert not np.any(out) and np.isneginf(lse).all()
+    assert "there are no entries" in reason(*shapes()[:2], none, shapes()[1], none, None, None)
+
+
+def test_gradients_of_the_rotation_are_those_of_the_reference():
+    q, entries, turned = queries(1, 1, 2), rows(0, 1, 8), turns(1, 2, 8)
+    index = jnp.array([[[0, 3], [1, -1]]], jnp.int32)
+
+    def loss(turned, implementation):
+        how = {"implementation": implementation, "scale": SCALE, "rotation": turned}
+        out, _ = sparse_attention(q, entries, index, None, None, None, None, **how)
+        return jnp.sum(out.astype(jnp.float32) ** 3)
+
+    with interpreted():
+        got = jax.block_until_ready(jax.grad(loss)(turned, "sm90"))
+    for ours, theirs in zip(got, jax.grad(loss)(turned, "reference"), strict=True):
+        assert jnp.any(theirs != 0) and disagreement(ours, theirs, relative=1e-2, elementwise=2.0**-6) is None
+
+
 def shapes(heads=64, width=FULL, dtype=jnp.bfloat16, form=FORM, tokens=1):
     """Arguments of the op that nobody computes with."""
 
@@ -249,6 +312,10 @@ def test_what_it_does_not_take():
     assert "float32: it takes bfloat16" in reason(*shapes(dtype=jnp.float32))
     assert "window entries are stored as" in reason(*shapes(form=entry_format("int8", 64)))
     assert "1 to 4 queries" in reason(*shapes(tokens=5))
+    with pretend(KINDS["H100 / H200"]), pytest.raises(UnsupportedError, match="32 channels are turned, of which 16"):
+        turned = jax.eval_shape(lambda: turns(2, 1, 16))
+        args = shapes(width=64, form=entry_format("fp8", 16))
+        api.DECODE.choose(args, {"scale": 1.0, "rotation": turned}, "sm90")
     q, entries, index, _, *rest = shapes()
     plain = shapes(form=entry_format("bfloat16", 0))[1]
     assert "in two formats" in reason(q, entries, index, plain, index, *rest[1:])
@@ -263,7 +330,7 @@ def test_a_named_kernel_is_refused_elsewhere():
 
 def test_it_lowers_for_a_gpu_that_need_not_be_there():
     q, entries, index, *_ = shapes()
-    pool = jax.ShapeDtypeStruct((16, 64 * 584), jnp.uint8)
+    pool = jax.ShapeDtypeStruct((16, page_bytes(FORM, FULL, 64)), jnp.uint8)
     table = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     count = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     pages = Pages(pool, table, FORM, FULL, 64)

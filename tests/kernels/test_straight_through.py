@@ -1,5 +1,7 @@
 """Gradients of products that round what they multiply: those of the reference that does not round it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,8 @@ DENSE = [
     ("scaled_dot", FP8_ROW, FP8_ROW),
     ("scaled_dot", INT8_ROW, INT8_ROW),
     ("block_dot", FP8_BLOCK, FP8_GROUP),
+    ("reference", FP8_BLOCK, FP8_GROUP),
+    ("reference", INT8_ROW, INT8_ROW),
 ]
 EXPERTS = [case for case in DENSE if case[0] != "block_dot"]
 E, D, I = 3, 128, 128  # noqa: E741
@@ -100,6 +104,30 @@ def test_experts(implementation, form, activations, dtype):
 
     factors = jnp.asarray(np.random.default_rng(4).uniform(0.2, 1.5, (4, 2)), jnp.float32)
     check(run, (normal(5, 4, D, dtype=dtype), factors), activations, implementation)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_layer_of_which_one_weight_is_not_quantised(batch_invariant):
+    """It gets its own gradient, and the others' roundings are passed straight through."""
+    w1, _, w2 = expert_weights(FP8_BLOCK)
+    x, w3, routing = normal(5, 4, D), normal(1, E, I, D) / np.sqrt(D), routing_of(jnp.ones((4, 2)))
+
+    def loss(x, w3, activations):
+        how = {"limit": 0.0, "activations": activations, "batch_invariant": batch_invariant}
+        return jnp.sum(experts(x, w1, w3, w2, routing, **how, implementation="reference"))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    got, smooth = (gradient(x, w3, activations) for activations in (FP8_GROUP, None))
+    for ours, theirs in zip(got, smooth, strict=True):
+        # Where the gate is rounded, its derivative is that of a neighbour.
+        assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
+
+
+def test_forward_mode_of_a_dense_product():
+    x, w = normal(0, 5, D), quantize(normal(1, 128, D), FP8_BLOCK)
+    run = functools.partial(matmul, w=w, implementation="reference")
+    got, want = (jax.jvp(functools.partial(run, activations=a), (x,), (2 * x,))[1] for a in (FP8_GROUP, None))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_layer_compiled_with_its_gradient():

@@ -111,6 +111,18 @@ def test_what_no_kernel_takes():
     assert "at most" in reason(FewRows(1, 2), Problem(8, 64, 512, rows=12))
     assert "share their columns" in reason(ManyRows(), Problem(128, 256, 128, weights=2))
     assert "tiles of 128" in reason(ManyRows(), Problem(128, 256, 128, experts=2, rows=64))
+    assert "one buffer" in reason(ManyRows(256, 128, 1, "rows"), Problem(256, 256, 512))
+    assert "a power of two" in reason(ManyRows(128, 128, 4, "rows", shares=3), Problem(128, 128, 384))
+    wide = ManyRows(128, 128, 4, "rows", cluster=16, cluster_along="columns")
+    assert "a cluster of 16: at most 8" in reason(wide, Problem(128, 2048, 128))
+
+
+@pytest.mark.parametrize("module", [tilings, grouped])
+def test_every_measured_tiling_fits(module):
+    table = tilings.load(module.TABLE, tuple(module.KINDS.items()))
+    for kind in (kind for kind in table if "layer" not in kind):  # those are no tilings, but rows of a block
+        why = grouped.mxfp4_reason if kind == "mxfp4" else reason
+        assert table[kind] and not any(why(entry.tiling, entry.problem) for entry in table[kind])
 
 
 @pytest.mark.parametrize(

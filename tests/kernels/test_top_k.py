@@ -70,6 +70,11 @@ def test_ties_among_thousands():
     assert_ranked(scores, 512, [3000, 1700])
 
 
+def test_counts_of_other_rows_are_refused():
+    with pytest.raises((ValueError, TypeError), match="counts"):
+        top_k(jnp.zeros((2, 3, 4)), 2, jnp.zeros(3, jnp.int32))
+
+
 def test_leading_axes_are_independent():
     scores = np.random.default_rng(1).integers(0, 3, (2, 3, 8)).astype(np.float32)
     counts = np.array([[8, 0, 3], [1, 2, 8]], np.int32)

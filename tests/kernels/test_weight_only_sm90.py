@@ -100,6 +100,18 @@ def test_scales_of_every_size(form, most):
     check(run(x, w, WeightOnly(8, 1, 128, 3), jnp.float32), want, jnp.float32)
 
 
+@pytest.mark.parametrize("form", [FP8_BLOCK, FLOAT_BLOCK], ids=["ue8m0", "float32"])
+def test_nan_of_a_scale(form):
+    """It reaches the results of its block, zeros among its codes too, and changes no bit of the others."""
+    x, w = operands(8, 192, 512, form)
+    w = dataclasses.replace(w, values=w.values.at[128:160, 128:].set(0))
+    poisoned = dataclasses.replace(w, scale=w.scale.at[1, 2].set(jnp.nan))
+    assert jnp.isnan(poisoned.scale.astype(jnp.float32)).sum() == 1
+    want, got = (run(x, weight, WeightOnly(8, 1, 128, 2)) for weight in (w, poisoned))
+    assert np.isfinite(want).all() and np.isnan(got[:, 128:]).all()
+    np.testing.assert_array_equal(got[:, :128], want[:, :128])
+
+
 @pytest.mark.parametrize(
     ("rows", "form", "out_dtype"),
     [((5,), FP8_BLOCK, None), ((2, 67), TENSOR, jnp.float32)],

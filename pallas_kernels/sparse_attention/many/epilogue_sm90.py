@@ -106,6 +106,7 @@ def denominators(blocks: jax.Array, scratch: Scratch, unit: Unit, sink_gmem: Any
     share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
     if sink_gmem is not None:
         share = share / (1 + jnp.exp2(of_heads(sink_gmem.at[unit.heads]) * LOG2_E - lse2))
+        share = jnp.where(some, share, 0.0)  # also if the sink is NaN
     return share, jnp.where(some, lse2 / LOG2_E, -jnp.inf)
 
 

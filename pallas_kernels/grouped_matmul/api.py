@@ -2,52 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Candidate, Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.grouped_matmul import reference, scaled_dot, sm90
-from pallas_kernels.grouped_matmul.gradient import with_gradient
-from pallas_kernels.products import stored
+from pallas_kernels.grouped_matmul import scaled_dot, sm90
+from pallas_kernels.grouped_matmul.gradient import rounded_reference
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.quant.weights import require_rows_apart, shown
 from pallas_kernels.router import Routing
 from pallas_kernels.typing import typed
-
-
-def _reference(
-    x: jax.Array,
-    w1: Any,
-    w3: Any,
-    w2: Any,
-    routing: Routing,
-    *,
-    limit: float,
-    activations: QuantFormat | None = None,
-    batch_invariant: bool = False,
-) -> jax.Array:
-    """`reference.experts`, with the gradient that the kernels have where all three products round their input.
-
-    A weight that is not quantised needs a gradient of its own, and what is shown of w2 must not leave the layer: there
-    gradients pass each rounding straight through.
-    """
-    run = functools.partial(reference.experts, activations=activations, batch_invariant=batch_invariant)
-    if activations is None or not all(isinstance(stored(w), QuantTensor) for w in (w1, w3, w2)):
-        return run(x, w1, w3, w2, routing, limit=limit)
-    return with_gradient(run, x, w1, w3, w2, routing, limit=limit)
-
 
 EXPERTS = Op(
     "experts",
     [
         kernel(sm90.experts, sm90.unsupported_reason),
         Candidate("scaled_dot", scaled_dot.experts, scaled_dot.unsupported_reason),
-        reference_candidate(_reference),
+        reference_candidate(rounded_reference),
     ],
 )
 

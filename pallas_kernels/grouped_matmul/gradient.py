@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.products import stored
+from pallas_kernels.quant import QuantTensor
 from pallas_kernels.router import Routing
 from pallas_kernels.straight_through import straight_through
 
@@ -29,3 +33,17 @@ def with_gradient(
 
     fixed: Any = routing._replace(weights=None)
     return straight_through(of(run), of(reference.experts))((x, routing.weights), (w1, w3, w2, fixed))
+
+
+def rounded_reference(
+    *operands: Any, limit: float, activations: QuantFormat | None = None, batch_invariant: bool = False
+) -> jax.Array:
+    """`reference.experts`, with the gradient that the kernels have where all three products round their input.
+
+    operands: x, w1, w3, w2 and the routing. A weight that is not quantised needs a gradient of its own, and what is
+    shown of w2 must not leave the layer: there gradients pass each rounding straight through.
+    """
+    run = functools.partial(reference.experts, activations=activations, batch_invariant=batch_invariant)
+    if activations is None or not all(isinstance(stored(w), QuantTensor) for w in operands[1:4]):
+        return run(*operands, limit=limit)
+    return with_gradient(run, *operands, limit=limit)

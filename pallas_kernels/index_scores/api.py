@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.index_scores import reference, sm90
-from pallas_kernels.quant import Pages, Rows, require_pages
+from pallas_kernels.quant import Pages, Rows, outline
 from pallas_kernels.typing import typed
 
 INDEX_SCORES = Op(
@@ -22,11 +22,7 @@ def require_alike(
 ) -> None:
     """Raises ValueError, naming the operand, where it does not fit q: kernels read by address."""
     batch, tokens, heads, width = q.shape
-    if isinstance(keys, Pages):
-        require_pages(keys, "keys")
-        sequences, found = None if keys.table is None else keys.table.shape[0], keys.width
-    else:
-        sequences, found = keys.shape[0], keys.shape[-1]
+    sequences, found = outline(keys, "keys")
     if sequences not in (None, batch) or found != width:
         raise ValueError(f"keys are of {sequences} sequences and {found} channels, q is of {batch} and {width}")
     if weights.shape != (batch, tokens, heads):

@@ -3,7 +3,7 @@
 from pallas_kernels.formats import FORMATS, FP8_BLOCK, FP8_ENTRY, FP8_GROUP, MXFP4, FormatError, QuantFormat
 from pallas_kernels.quant.convert import dequantize, quantize, round_trip
 from pallas_kernels.quant.exact import mxfp4_to_fp8
-from pallas_kernels.quant.paged import Pages, paged, require_pages, take_paged
+from pallas_kernels.quant.paged import Pages, outline, paged, take_paged
 from pallas_kernels.quant.rows import Rows, as_cached, decode_rows, empty_rows, encode_rows, take_rows
 from pallas_kernels.quant.tensor import QuantTensor
 from pallas_kernels.quant.weights import ObservedWeight, TreatedWeight, observe
@@ -30,9 +30,9 @@ __all__ = [
     "encode_rows",
     "mxfp4_to_fp8",
     "observe",
+    "outline",
     "paged",
     "quantize",
-    "require_pages",
     "round_trip",
     "take_paged",
     "take_rows",

@@ -62,6 +62,17 @@ def require_pages(pages: Pages, name: str) -> None:
         raise ValueError(f"{name}: the table is {table.dtype} of shape {table.shape}; it is int32 [B, n]")
 
 
+def outline(entries: jax.Array | Rows | Pages, name: str) -> tuple[int | None, int]:
+    """Sequences and channels of an array [B, N, K], Rows or Pages; None where pages are one sequence's, or nobody's.
+
+    Raises ValueError, naming them, for pages that are not what their format says.
+    """
+    if not isinstance(entries, Pages):
+        return entries.shape[0], entries.shape[-1]
+    require_pages(entries, name)
+    return None if entries.table is None else entries.table.shape[0], entries.width
+
+
 def paged(rows: Rows, page_size: int, table: jax.Array | None = None) -> Pages:
     """Rows [B, N, width] put into pages: those of sequence b one after the other, or where `table` [B, n] says.
 

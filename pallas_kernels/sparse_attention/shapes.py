@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.quant import Pages, Rows, require_pages
+from pallas_kernels.quant import outline
 from pallas_kernels.rotary import Rotation
 
 
@@ -26,9 +26,7 @@ def require_alike(
     for name, x in entries.items():
         if x is None:
             continue
-        if isinstance(x, Pages):
-            require_pages(x, f"{name} entries")
-        found, sequences = _width(x), _sequences(x)
+        sequences, found = outline(x, f"{name} entries")
         if found != width:
             raise ValueError(f"{name} entries have {found} channels, q has {width}: both are keys of one width")
         if sequences not in (None, batch):
@@ -49,14 +47,3 @@ def require_alike(
             )
     if entries["compressed"] is not None and named["compressed_index"] is None and named["compressed_count"] is None:
         raise ValueError("compressed entries have neither index nor count: give one, or both")
-
-
-def _width(entries: Any) -> int:
-    return entries.width if isinstance(entries, Pages | Rows) else entries.shape[-1]
-
-
-def _sequences(entries: Any) -> int | None:
-    """None where pages are one sequence's, or nobody's."""
-    if isinstance(entries, Pages):
-        return None if entries.table is None else entries.table.shape[0]
-    return entries.shape[0]

@@ -83,6 +83,7 @@ def test_ids_are_a_prompt_too_and_begin_is_put_once(model):
         (["--prompt-file", "nowhere.txt"], 1, "nowhere.txt"),
         (["x", "--max-new", "10000000"], 1, "10000000 new tokens do not fit"),
         (["x", "--max-new", "0"], 2, "--max-new is 0"),
+        (["x", "--seed", str(2**64)], 2, f"--seed is {2**64}"),
         (["x", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["x", "--top-k", "-1"], 2, "top_k is -1"),
         (["x", "--top-p", "2"], 2, "top_p is 2.0"),

@@ -37,7 +37,7 @@ from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import FewRows
-from pallas_kernels.mosaic.scales import scale_product
+from pallas_kernels.mosaic.scales import activation_bits, scale_bits, scale_product
 
 TOKENS = COLUMNS  # the layout of a vector with one element a token
 
@@ -152,8 +152,8 @@ def few_rows(
                     for b in range(0 if once else blocks):
                         block_of_k = (first_step + i) * blocks + b
                         of_tokens = x_scale_gmem.at[block_of_k, tokens_of(block)]
-                        of_tokens = plgpu.load(of_tokens, layout=TOKENS, optimized=False)
-                        of_weights = (gmem[row // BLOCK, block_of_k] for gmem in scales_gmem)
+                        of_tokens = activation_bits(plgpu.load(of_tokens, layout=TOKENS, optimized=False))
+                        of_weights = (scale_bits(gmem[row // BLOCK, block_of_k]) for gmem in scales_gmem)
                         found.append(tuple(scale_product(of_tokens, scale) for scale in of_weights))
                     return tuple(found)
 

@@ -41,7 +41,7 @@ from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
 from pallas_kernels.block_matmul.results_sm90 import Codes, Plain, makes_codes
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
-from pallas_kernels.block_matmul.scales_sm90 import TileScales, factor, of_word
+from pallas_kernels.block_matmul.scales_sm90 import TileScales
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import ManyRows
 from pallas_kernels.formats import QuantFormat
@@ -96,7 +96,7 @@ def many_rows(
     results = Codes(cut, out_dtype) if isinstance(out_dtype, QuantFormat) else Plain(cut, out_dtype)
     assert cut.across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
     once = a_scale.ndim == 1  # scales multiply finished sums
-    in_words = not once and a_scale.dtype == jnp.uint8 and blocks == 1 and steps % BYTES == 0
+    in_words = not once and a_scale.dtype == jnp.uint8 and BYTES % blocks == steps % BYTES == 0
     early_words = in_words and row_blocks is None  # of a tile that may not be there: only where it has no expert
     early_wait = blocks == 1 and len(cut.products) > tiling.in_flight
 
@@ -193,7 +193,7 @@ def many_rows(
                         if (p, j) == (cut.parts - 1, count - 1):
                             plgpu.barrier_arrive(free.at[slot_of(b)])
                         if not once:
-                            product *= lax.broadcast_in_dim(factor(found, b, p, j), product.shape, [0])
+                            product *= lax.broadcast_in_dim(found.product(b, p, j), product.shape, [0])
                         sums[p * count + j] = sums[p * count + j] + product
 
                     for first in range(0, len(cut.products), tiling.in_flight):
@@ -216,17 +216,20 @@ def many_rows(
 
                 def by_word(group, state):
                     words, sums = state
+                    each = BYTES // blocks  # iterations
                     following = scales.words(group + 1)
 
-                    def of_block(at, sums):
-                        return step(group * BYTES + at, of_word(words, at), sums)
+                    least = words.least()
 
-                    return following, lax.fori_loop(0, BYTES, of_block, sums)
+                    def of_blocks(i, sums):
+                        return step(group * each + i, words.bits(i * blocks, blocks, least), sums)
+
+                    return following, lax.fori_loop(0, each, of_blocks, sums)
 
                 def by_block(i, state):
                     found, sums = state
                     following = () if once else scales.blocks((i + 1) * blocks, blocks)
-                    return following, step(i, found, sums)
+                    return following, step(i, () if once else found.bits(), sums)
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, cut.columns), jnp.float32), plgpu.Layout.WGMMA)
                 sums = (zero,) * (cut.parts * count)

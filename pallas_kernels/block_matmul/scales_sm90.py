@@ -20,15 +20,42 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.block_matmul.pipeline_sm90 import ROWS, WGMMA_ROWS
-from pallas_kernels.mosaic.scale_words import BYTES, byte_of, load_word, load_words
-from pallas_kernels.mosaic.scales import scale_product
+from pallas_kernels.mosaic.scale_words import BYTES, bits_of, least_bits, load_word, load_words
+from pallas_kernels.mosaic.scales import LEAST_BITS, activation_bits, scale_bits, scale_product
 
 
 class Found(NamedTuple):
-    """Scales in registers: of 64 rows each, by part of the tile, and of each weight; by K block, or words of four."""
+    """Scales of 64 rows each in registers, by K block and part of the tile, and of each weight."""
 
-    rows: list[Any]
-    weights: list[Any]
+    rows: list[list[jax.Array]]
+    weights: list[list[jax.Array]]
+
+    def bits(self) -> Found:
+        """Of the bytes that were loaded; not before they are needed, as it waits for them."""
+        rows = [[activation_bits(x) for x in block] for block in self.rows]
+        return Found(rows, [[scale_bits(x) for x in block] for block in self.weights])
+
+    def product(self, block: int, part: int, weight: int) -> jax.Array:
+        """float32 [64]: what the products of a part with a weight are multiplied with."""
+        return scale_product(self.rows[block][part], self.weights[block][weight])
+
+
+class Words(NamedTuple):
+    """Scales of four K blocks as loaded, a word a row, by part of the tile, and of each weight."""
+
+    rows: list[jax.Array]
+    weights: list[jax.Array]
+
+    def least(self) -> list[jax.Array]:
+        """Of each weight, what `bits` needs for all four blocks; it waits for the words."""
+        return [least_bits(word) for word in self.weights]
+
+    def bits(self, at: Any, count: int, least: list[jax.Array]) -> Found:
+        """Of `count` K blocks from the one at `at` in their group on."""
+        of_k = [at + b for b in range(count)]
+        of_weights = list(zip(self.weights, least, strict=True))
+        rows = [[bits_of(word, b, LEAST_BITS) for word in self.rows] for b in of_k]
+        return Found(rows, [[bits_of(word, b, low) for word, low in of_weights] for b in of_k])
 
 
 @dataclass(frozen=True)
@@ -54,18 +81,8 @@ class TileScales:
         rows = [[load(self.rows_gmem.at[rows, b]) for rows in self.rows] for b in of_k]
         return Found(rows, [[gmem[self.block, b] for gmem in self.weights_gmem] for b in of_k])
 
-    def words(self, group: Any) -> Found:
+    def words(self, group: Any) -> Words:
         """Of the four K blocks of a group; behind the last, of the last one."""
         at = pl.ds(self.first + jnp.minimum(group, self.steps // BYTES - 1) * BYTES, BYTES)
         rows = [load_words(self.rows_gmem.at[rows, at], ROWS) for rows in self.rows]
-        return Found(rows, [load_word(gmem.at[self.block, at], WGMMA_ROWS, ROWS) for gmem in self.weights_gmem])
-
-
-def of_word(words: Found, at: Any) -> Found:
-    """Of one K block, `at` in its group."""
-    return Found(*([[byte_of(word, at) for word in side]] for side in words))
-
-
-def factor(found: Found, block: int, part: int, weight: int) -> jax.Array:
-    """float32 [64]: what the products of a part with a weight are multiplied with, for a K block that was loaded."""
-    return scale_product(found.rows[block][part], found.weights[block][weight])
+        return Words(rows, [load_word(gmem.at[self.block, at], WGMMA_ROWS, ROWS) for gmem in self.weights_gmem])

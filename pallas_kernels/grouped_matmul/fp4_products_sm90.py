@@ -85,7 +85,7 @@ class Products(NamedTuple):
 
     def scaled(self, product: jax.Array, scales: Any, slot: Any, b: int) -> jax.Array:
         of_tokens = plgpu.load(self.x_scale.at[slot, b, pl.ds(0, self.rows)], layout=TOKENS)
-        return product * e2m1.scale_product(scales, of_tokens)
+        return product * e2m1.scale_products(scales, of_tokens)
 
     def ahead(self, slot: Any, first_block: Any, sums: Sums) -> Sums:
         """Of few rows: a product is issued before the last is added, for registers hold both."""

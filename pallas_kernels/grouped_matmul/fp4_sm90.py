@@ -15,6 +15,9 @@ Rows are in blocks of one expert each, and several weights may share their input
   fill the registers.
 - Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
+Where there are few tiles, `shares` consumers have the same rows, and take stages by turns: one waits for itself for most
+of a stage, so that several read faster. The first adds the sums of the others, in their order, and finishes the tile.
+
 Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
 to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
 token's sum is the same whatever other tokens are present, and however many of them a block has.
@@ -30,6 +33,7 @@ ones at half rate to look codes up and 112 to add. Two such warps share a schedu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +50,7 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
 from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
-from pallas_kernels.grouped_matmul.tiling import AHEAD, SCALED, Mxfp4Rows
+from pallas_kernels.grouped_matmul.tiling import AHEAD, MOST_SHARED_ROWS, SCALED, Mxfp4Rows
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
@@ -74,17 +78,21 @@ def expert_rows(
     """
     k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
     stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
+    shares, teams = tiling.shares, tiling.teams
     rows_each, count = tiling.rows, len(weights)
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
-    assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    assert (rows % 8, n % rows_each, k % (SCALED * shares)) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    assert shares == 1 or rows <= MOST_SHARED_ROWS, f"sums of {rows} rows have no room where tables are"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
-    results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, warpgroups, parts, out_dtype)
+    results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, teams, parts, out_dtype)
     of_blocks = factors is not None and len(factors) < m
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
         x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
         filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
+        tables, exchanged = scratch["tables"] if shares > 1 else (scratch["tables"], None)
+        team, share = lax.div(warpgroup, shares), lax.rem(warpgroup, shares)
         loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         @pl.when(warpgroup == warpgroups)
@@ -110,9 +118,8 @@ def expert_rows(
             produce(loop, steps, stages, free, copy, with_expert)
 
         def slab_of(j: int, p: int) -> Slab:
-            held = pl.ds((warpgroup * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
-            tables = scratch["tables"].at[warpgroup, j * parts + p]
-            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables)
+            held = pl.ds((team * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
+            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables.at[warpgroup, j * parts + p])
 
         @pl.when(warpgroup < warpgroups)
         def consume():
@@ -121,13 +128,49 @@ def expert_rows(
             staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
             products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
 
+            def meet():
+                plgpu.barrier_arrive(scratch["met"])
+                plgpu.barrier_wait(scratch["met"])
+
+            def added(sums, then):
+                """`then` of the sums of all shares, for the first."""
+                meet()  # all have read their tables, of which this is the memory
+
+                @pl.when(share > 0)
+                def _send():
+                    for at, total in enumerate(sums):
+                        exchanged[warpgroup, at] = total
+
+                meet()
+
+                @pl.when(share == 0)
+                def _receive():
+                    total = list(sums)
+                    for other in range(1, shares):
+                        of_other = [exchanged.at[warpgroup + other, at] for at in range(len(sums))]
+                        found = (plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False) for x in of_other)
+                        total = [a + b for a, b in zip(total, found, strict=True)]
+                    then(total)
+
+                meet()  # what was sent is read, and tables may be written there
+
+            def finish(place, sums):
+                block, tile = place
+                of_rows = None
+                if of_blocks:
+                    of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
+                elif factors_gmem is not None:
+                    tokens = pl.ds(block * rows, rows)
+                    of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
+                of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
+                results.write(of_parts, block, tile, team, outs, scratch)
+
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
-                block, tile = info.index
-
                 def step(i, state):
                     """beyond: whether scales of these 512 columns are too far apart for one pass."""
                     beyond, sums = state
+                    i = i * shares + share
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
@@ -145,30 +188,32 @@ def expert_rows(
                     return beyond, sums
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (jnp.int32(0), (zero,) * len(slabs)))
-                of_rows = None
-                if of_blocks:
-                    of_rows = plgpu.layout_cast(lax.broadcast_in_dim(factors_gmem[block], (rows,), ()), TOKENS)
-                elif factors_gmem is not None:
-                    tokens = pl.ds(block * rows, rows)
-                    of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
-                of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
-                results.write(of_parts, block, tile, warpgroup, outs, scratch)
+                _, sums = lax.fori_loop(0, steps // shares, step, (jnp.int32(0), (zero,) * len(slabs)))
+                if shares > 1:
+                    added(sums, functools.partial(finish, info.index))
+                else:
+                    finish(info.index, sums)
                 return carry + steps
 
             results.finish()
 
+    of_slab = warpgroups, parts * count, WGMMA_ROWS
+    tables: Any = plgpu.SMEM((*of_slab, e2m1.TABLE_WORDS), jnp.int32)
+    if shares > 1:
+        tables = plgpu.RefUnion(tables, plgpu.SMEM((*of_slab, rows), jnp.float32))
     halves = plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line // 2)
     scratch_types: dict[str, Any] = {
         "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
         "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
         "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
         "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
-        "tables": plgpu.SMEM((warpgroups, parts * count, WGMMA_ROWS, e2m1.TABLE_WORDS), jnp.int32),
+        "tables": tables,
         "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=teams, num_barriers=stages),
         **results.scratch(),
     }
+    if shares > 1:
+        scratch_types["met"] = plgpu.Barrier(num_arrivals=warpgroups)
     if is_interpreted():
         scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
     outs = plgpu.kernel(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.launch import compiler_params, sm_count, store_narrow
+from pallas_kernels.mosaic.scales import scale_bits
 from pallas_kernels.quantize_rows.kernel_sm90 import quantized, registers
 from pallas_kernels.quantize_rows.tiling import GROUP, default_tiling
 
@@ -79,14 +80,14 @@ def arranged(x: jax.Array, x_scale: jax.Array, rows: int) -> tuple[jax.Array, ja
     """The same in jnp of codes x [M, K] and their scales [M, K/128], uint8 (UE8M0) or float32, without padding."""
     m, k = x.shape
     if x_scale.dtype == jnp.uint8:
-        x_scale = e2m1.scale_bits(x_scale.astype(jnp.int32))
+        x_scale = scale_bits(x_scale)
     apart = jnp.swapaxes(x_scale.reshape(m // rows, rows, k // GROUP), 1, 2)
     return e2m1.first_and_second_halves(x), jnp.pad(apart, ((0, 0), (0, 0), (0, -rows % SCALES_APART)))
 
 
 def scale_words(scale: jax.Array, form: QuantFormat) -> jax.Array:
     """Stored scales as they lie there."""
-    return e2m1.scale_bits(scale.astype(jnp.int32)) if form.scale == "ue8m0" else scale
+    return scale_bits(scale) if form.scale == "ue8m0" else scale
 
 
 def scales_type(m: int, rows: int, k: int, form: QuantFormat) -> jax.ShapeDtypeStruct:

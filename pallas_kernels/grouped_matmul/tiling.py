@@ -10,7 +10,8 @@ from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, SHARED_BYTE
 from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, launch_registers
 
 SCALED = 512  # columns whose weight scales are the 16 bytes that a copy has at least
-TABLE_BYTES = 144  # of shared memory for a row of every weight: its codes times its scales, of SCALED columns
+TABLE_BYTES = 144  # of a consumer's shared memory for a row of every weight: its codes times scales, of SCALED columns
+MOST_SHARED_ROWS = 32  # of a block whose float32 sums have room there
 AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 MOST_REGISTERS = 232  # that the compiler is allowed to use of what a consumer has
 # Rows of a block from which hidden ones leave their kernel as codes: for fewer, Mosaic of jax 0.12 finds no layouts.
@@ -23,23 +24,36 @@ MOST_STAGES, MOST_WARPGROUPS = 8, 4
 
 @dataclass(frozen=True)
 class Mxfp4Rows:
-    """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each."""
+    """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each.
+
+    shares: consumers that have the same rows, and take their stages by turns.
+    """
 
     blocks: int = 4
     stages: int = 4
     warpgroups: int = 2
     parts: int = 1
+    shares: int = 1
 
     def __post_init__(self) -> None:
         if self.blocks not in STAGE_BLOCKS:
             raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
         if self.warpgroups > MOST_WARPGROUPS:
             raise ValueError(f"{self}: at most {MOST_WARPGROUPS} consumers have registers enough")
+        if self.warpgroups % self.shares or self.stages % self.shares:
+            raise ValueError(f"{self}: consumers and stages are multiples of the shares")
+        if self.shares > 1 and self.blocks * BLOCK != SCALED:
+            raise ValueError(f"{self}: consumers that share K take stages of {SCALED // BLOCK} blocks")
+
+    @property
+    def teams(self) -> int:
+        """Of consumers with the same rows."""
+        return self.warpgroups // self.shares
 
     @property
     def rows(self) -> int:
         """Of every weight, in a tile."""
-        return WGMMA_ROWS * self.warpgroups * self.parts
+        return WGMMA_ROWS * self.teams * self.parts
 
     @property
     def registers(self) -> int:
@@ -51,8 +65,10 @@ class Mxfp4Rows:
 def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str | None:
     """Why fp4_sm90 cannot cut the problem so, with results of `itemsize` bytes; None if it can."""
     each = tiling.rows
-    if problem.n % each or problem.k % SCALED:
-        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED}]"
+    if problem.n % each or problem.k % (SCALED * tiling.shares):
+        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED * tiling.shares}]"
+    if tiling.shares > 1 and problem.rows > MOST_SHARED_ROWS:
+        return f"blocks of {problem.rows} rows: at most {MOST_SHARED_ROWS} where consumers share K"
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
         return f"blocks of {problem.rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
     if (shared := _shared_bytes(tiling, problem, itemsize)) > SHARED_BYTES:
@@ -83,5 +99,6 @@ def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
     each, depth = tiling.rows, tiling.blocks * BLOCK
     of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
-    written = problem.rows * WGMMA_ROWS * tiling.warpgroups * itemsize
-    return tiling.stages * (of_weights + of_rows) + written + each * problem.weights * TABLE_BYTES
+    written = problem.rows * WGMMA_ROWS * tiling.teams * itemsize
+    tables = each * tiling.shares * problem.weights * TABLE_BYTES
+    return tiling.stages * (of_weights + of_rows) + written + tables

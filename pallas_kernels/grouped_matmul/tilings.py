@@ -72,7 +72,8 @@ def mxfp4_tiling(
     stage_blocks = (INVARIANT_BLOCKS,) if batch_invariant else STAGE_BLOCKS
 
     def fits(found: Mxfp4Rows) -> bool:
-        return found.blocks in stage_blocks and mxfp4_reason(found, problem) is None
+        in_one_order = not batch_invariant or found.shares == 1
+        return in_one_order and found.blocks in stage_blocks and mxfp4_reason(found, problem) is None
 
     entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4", ()), problem, fits)
     return entry.tiling if entry else default_mxfp4(problem, stage_blocks=stage_blocks)

@@ -27,17 +27,16 @@ from jax import lax
 from pallas_kernels.mosaic import e2m1_registers as registers
 from pallas_kernels.mosaic.e2m1_registers import BLOCK, BLOCKS, GROUP, GROUPS, ROWS, SPREAD, TABLE_WORDS
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.scales import NAN_BITS, NAN_CODE
+from pallas_kernels.mosaic.scales import scale_bits, scale_product
 
 __all__ = [
     "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
-    "load_tables", "look_up", "multiply", "scale_bits", "scale_product", "store_folded_tables", "store_halves",
+    "load_tables", "look_up", "multiply", "scale_products", "store_folded_tables", "store_halves",
     "store_tables_of_one",
 ]  # fmt: skip
 UNIT = 2.0**-6  # a looked-up code is value / UNIT, where its group has the largest scale
 _TABLE = 0x6C686000, 0x7C787470  # E4M3 of 64 times 0, 0.5, 1, 1.5 and 2, 3, 4, 6, lowest byte first
 _EXPONENTS = 0x08080800, 0x08080808  # one in every byte's exponent; zero stays zero
-_LEAST = 1 << 22  # the float32 bits of 2^-127, which is subnormal: the only scale that is not its code << 23
 
 
 class Table(NamedTuple):
@@ -174,25 +173,10 @@ def multiply(accumulator: Any, codes: jax.Array, other_smem: Any, staged_smem: A
         plgpu.wgmma(accumulator, codes, other_smem)
 
 
-def scale_bits(code: jax.Array) -> jax.Array:
-    """Float32 bits of UE8M0 codes int32; NaN for the code 255."""
-    return jnp.maximum(code << 23, jnp.where(code == NAN_CODE, NAN_BITS, _LEAST))
-
-
-def scale_product(of_rows: jax.Array, of_tokens: jax.Array) -> jax.Array:
-    """float32 [64, n] of scales of rows, bits [64], times those of tokens [n], bits or float32.
-
-    One float product each. NaN gives NaN, and what is too large infinity.
-    """
+def scale_products(of_rows: jax.Array, of_tokens: jax.Array) -> jax.Array:
+    """float32 [64, n] of scales of rows, bits [64], times those of tokens [n], bits or float32."""
     shape = (ROWS, *of_tokens.shape)
-    rows, tokens = lax.broadcast_in_dim(of_rows, shape, [0]), lax.broadcast_in_dim(of_tokens, shape, [1])
-    if is_interpreted() and tokens.dtype == jnp.int32:
-        # XLA flushes the subnormal 2^-127 on the CPU, which a GPU multiplies as any other: exponents are added instead.
-        code = jnp.clip((rows >> 23) + (tokens >> 23) - 127, 0, 255)
-        bits = jnp.where(jnp.maximum(rows, tokens) == NAN_BITS, NAN_BITS, code << 23)
-        return lax.bitcast_convert_type(bits, jnp.float32)
-    rows, tokens = (x if x.dtype == jnp.float32 else lax.bitcast_convert_type(x, jnp.float32) for x in (rows, tokens))
-    return rows * tokens
+    return scale_product(lax.broadcast_in_dim(of_rows, shape, [0]), lax.broadcast_in_dim(of_tokens, shape, [1]))
 
 
 def _look_up_in_jnp(packed: jax.Array, tables: Sequence[Table]) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.scales import LEAST_BITS, NAN_BITS
 
 BYTES = 4  # of a word
 
@@ -59,9 +60,18 @@ def _load(ref: Any, rows: int, row_bytes: Any, layout: Any) -> jax.Array:
     return run(ref)
 
 
-def byte_of(words: jax.Array, at: Any) -> jax.Array:
-    """The bytes at one place of the words, 0 to 255."""
-    return lax.shift_right_logical(words, 8 * at) & 255
+def bits_of(words: jax.Array, at: Any, least: Any) -> jax.Array:
+    """float32's bits, int32, of the UE8M0 codes at one place of the words; `least`, where that is more."""
+    left = 23 - 8 * at  # less than no way for the last place: so words are turned, not shifted
+    turned = (words << (left & 31)) | lax.shift_right_logical(words, -left & 31)
+    return jnp.maximum(turned & 0x7F800000, least)
+
+
+def least_bits(words: jax.Array) -> jax.Array:
+    """What `bits_of` words of weights takes: NaN where any of a word's four codes is that, so that one test does."""
+    no_bits = ~words  # of a byte 255, the one code that is NaN
+    found = (no_bits - 0x01010101) & words & -0x7F7F7F80  # the highest bit of a byte without bits, or of one above
+    return jnp.where(found == 0, LEAST_BITS, NAN_BITS)
 
 
 def _word_of(found: list[jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""UE8M0 scales inside kernels: bytes, because registers have no such type on Hopper."""
+"""UE8M0 scales inside kernels: bytes, because registers have no such type on Hopper, which become float32's bits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.mosaic.interpreter import is_interpreted
+
 NAN_CODE = 255  # of UE8M0
 NAN_BITS = 0x7FC00000  # of float32: more than those of infinity, so that a maximum with them is NaN
+LEAST_BITS = 1 << 22  # of 2^-127, which is subnormal: the only scale that is not its code << 23
 
 
 def scale_bytes(scale: jax.Array) -> jax.Array:
@@ -15,16 +18,29 @@ def scale_bytes(scale: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(scale, jnp.uint8) if scale.dtype == jnp.float8_e8m0fnu else scale
 
 
-def scale_product(vector: jax.Array, scalar: jax.Array) -> jax.Array:
-    """float32 product of a vector of scales and one scale, both bytes or both float32.
+def scale_bits(scale: jax.Array) -> jax.Array:
+    """float32's bits, int32, of UE8M0 codes, uint8 or int32: NaN for the code 255. float32 scales as they are."""
+    if scale.dtype == jnp.float32:
+        return scale
+    code = scale.astype(jnp.int32)
+    return jnp.maximum(code << 23, jnp.where(code == NAN_CODE, NAN_BITS, LEAST_BITS))
 
-    Bytes multiply by adding exponents. A product below 2^-126 becomes 0, as float32 units flush it, and one from
-    2^128 on infinity. The scalar's NaN gives NaN: no infinity, of which a clamp makes a number. The vector's does not:
-    its values are of activations, whose codes are NaN then.
+
+def activation_bits(scale: jax.Array) -> jax.Array:
+    """The same of scales whose values are activations: those of the code 255 are NaN themselves, and no test is due."""
+    return scale if scale.dtype == jnp.float32 else jnp.maximum(scale.astype(jnp.int32) << 23, LEAST_BITS)
+
+
+def scale_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32 product of scales and other scales or one, each float32 or its bits. NaN gives NaN, too large infinity.
+
+    One multiplication: of codes, exponents would have to be added, and kept within their limits.
     """
-    if vector.dtype == jnp.float32:
-        return vector * scalar
-    scalar = scalar.astype(jnp.int32)
-    least = jnp.where(scalar == NAN_CODE, NAN_BITS, 0)
-    code = jnp.minimum(vector.astype(jnp.int32) + (scalar - 127), 255)
-    return lax.bitcast_convert_type(jnp.maximum(code << 23, least), jnp.float32)
+    b = jnp.broadcast_to(b, a.shape)  # before it is a float: Mosaic turns no bits of scalars into those
+    if is_interpreted() and a.dtype == b.dtype == jnp.int32:
+        # XLA flushes the subnormal 2^-127 on the CPU, which a GPU multiplies as any other: exponents are added instead.
+        code = jnp.clip((a >> 23) + (b >> 23) - 127, 0, 255)
+        bits = jnp.where(jnp.maximum(a, b) == NAN_BITS, NAN_BITS, code << 23)
+        return lax.bitcast_convert_type(bits, jnp.float32)
+    a, b = (x if x.dtype == jnp.float32 else lax.bitcast_convert_type(x, jnp.float32) for x in (a, b))
+    return a * b

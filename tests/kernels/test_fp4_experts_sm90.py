@@ -68,6 +68,9 @@ def gated(gate, up, factor):
         (16, 512, Mxfp4Rows(2, 3, 1), FAR),
         (72, 512, Mxfp4Rows(1, 3, 2), NEAR),
         (40, 512, Mxfp4Rows(2, 2, 1, parts=2), FAR),
+        # consumers that share K, tables and sums in the same memory
+        (8, 2048, Mxfp4Rows(4, 2, 2, shares=2), NEAR),
+        (16, 2048, Mxfp4Rows(4, 4, 4, shares=4), FAR),
     ],
 )
 def test_two_weights_of_experts(rows, k, tiling, spread):
@@ -97,11 +100,16 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
 
 @pytest.mark.parametrize(
     ("rows", "tiling", "form"),
-    [(8, Mxfp4Rows(4, 2, 2), FLOAT_GROUP), (16, Mxfp4Rows(2, 2, 1, parts=2), FP8_GROUP)],
+    [
+        (8, Mxfp4Rows(4, 2, 2), FLOAT_GROUP),
+        (16, Mxfp4Rows(2, 2, 1, parts=2), FP8_GROUP),
+        (8, Mxfp4Rows(4, 2, 4, shares=2), FP8_GROUP),
+    ],
 )
 def test_results_as_codes(rows, tiling, form):
     """What quantising the bfloat16 results gives, bit for bit; one factor for a block, which share their rows of x."""
-    x, w = quantized((rows, 512), FP8_GROUP), quantized((3, 256, 512), MXFP4)
+    k = 512 * tiling.shares
+    x, w = quantized((rows, k), FP8_GROUP), quantized((3, 256, k), MXFP4)
     how = {"rows": rows, "row_blocks": row_blocks([2, 0]), "factors": jnp.asarray([0.5, -3.0])}
     how["epilogue"] = lambda sums, factors: sums * jax.lax.broadcast_in_dim(factors, sums.shape, (1,))
     with interpreted():

@@ -13,7 +13,8 @@ from jax import lax
 
 from pallas_kernels.mosaic import interpreted, is_interpreted, sm_count
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, RaceError
-from pallas_kernels.mosaic.scales import scale_bytes, scale_product
+from pallas_kernels.mosaic.scale_words import bits_of, least_bits
+from pallas_kernels.mosaic.scales import LEAST_BITS, activation_bits, scale_bits, scale_bytes, scale_product
 
 
 def pass_on(x, *, wait):
@@ -58,18 +59,46 @@ def test_a_simulated_grid_is_small():
         assert is_interpreted() and sm_count() == INTERPRETED_SMS
 
 
-def test_scales_multiply_by_adding_exponents():
-    codes = jnp.arange(256, dtype=jnp.uint8)
-    for scalar in (0, 100, 127, 150, 254):
-        got = np.asarray(scale_product(codes, jnp.uint8(scalar)))
-        exponent = np.arange(256) + scalar - 254
-        want = np.where(exponent < -126, 0.0, np.exp2(np.clip(exponent, -126, 128).astype(np.float64)))
-        want[exponent > 127] = np.inf
-        np.testing.assert_array_equal(got, want.astype(np.float32))
+def products_of_scales(codes, scalar):
+    """float32 2^(codes - 127) 2^(scalar - 127), rounded to 0 below 2^-126; NaN where the scalar is."""
+    exponent = codes.astype(int) + scalar - 254
+    want = np.where(exponent < -126, 0.0, np.exp2(np.clip(exponent, -126, 128).astype(np.float64)))
+    want[exponent > 127] = np.inf
+    return np.where(scalar == 255, np.nan, want).astype(np.float32)
+
+
+def test_scales_multiply_as_float32_does():
+    codes = np.arange(256, dtype=np.uint8)
+    with interpreted():
+        for scalar in (0, 100, 127, 150, 254, 255):
+            got = scale_product(activation_bits(jnp.asarray(codes)), scale_bits(jnp.uint8(scalar)))
+            np.testing.assert_array_equal(got, products_of_scales(codes, scalar))
+        vector = jnp.asarray([0.5, 3.0])
+        np.testing.assert_array_equal(scale_product(scale_bits(vector), jnp.float32(2)), [1.0, 6.0])
+    assert np.isnan(lax.bitcast_convert_type(scale_bits(jnp.uint8(255)), jnp.float32))
+
+
+def test_scale_bytes_keep_what_was_stored():
     vector = jnp.asarray([0.5, 3.0])
-    np.testing.assert_array_equal(scale_product(vector, jnp.float32(2)), [1.0, 6.0])
     assert scale_bytes(vector).dtype == jnp.float32
     assert scale_bytes(jnp.ones(3, jnp.float8_e8m0fnu)).tolist() == [127] * 3
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_scales_of_words_are_those_of_their_bytes(at):
+    """A word's least is NaN where one of its four codes is, at whichever place, and only there."""
+    codes = np.random.default_rng(at).integers(0, 255, (512, 4)).astype(np.uint8)
+    codes[:6, at] = 0, 1, 127, 128, 254, 255
+    codes[6:10] = 255 * np.eye(4, dtype=np.uint8) + 254 * (1 - np.eye(4, dtype=np.uint8))
+    words = jnp.asarray(codes.view(np.int32)[:, 0])
+    of_activations, of_weights = bits_of(words, at, LEAST_BITS), bits_of(words, jnp.int32(at), least_bits(words))
+    with interpreted():
+        one = scale_bits(jnp.uint8(127))
+        got = scale_product(of_activations, one)
+        np.testing.assert_array_equal(got, products_of_scales(codes[:, at], 127))
+        got = scale_product(of_weights, one)
+    nan = np.any(codes == 255, axis=1)
+    np.testing.assert_array_equal(got, np.where(nan, np.nan, products_of_scales(codes[:, at], 127)))
 
 
 def test_ops_do_not_wait_for_pallas():

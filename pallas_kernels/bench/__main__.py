@@ -8,8 +8,8 @@
 Times are medians of kernel durations on the device (CUPTI), over input sets that overflow the L2 cache; "limit" is
 bytes or FLOPs over the data sheet's rate (an H100's: 3.35 TB/s; an H200's: 4.8), whichever takes longer. Every result
 of ours is compared with a float32 reference first. A row of FILE is written as soon as it is measured, and what FILE
-has is not measured again, but for cases whose inputs failed: the same command resumes a run that was stopped. Without
-a GPU the cases are listed and nothing is timed.
+has is not measured again, but for cases whose inputs or whose peer failed: the same command resumes a run that was
+stopped. Without a GPU the cases are listed and nothing is timed.
 
 Most of a run is compilation. With many cores, several parts of it at once, which take turns at the device:
   for i in $(seq 8); do python -m pallas_kernels.bench --part $i/8 --lock bench.lock --json rows$i.jsonl & done; wait
@@ -18,18 +18,19 @@ Most of a run is compilation. With many cores, several parts of it at once, whic
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
 
-from pallas_kernels.bench import report, results
+from pallas_kernels.bench import peer_files, report, results
 from pallas_kernels.bench.case import Bench
-from pallas_kernels.bench.measure import DeviceLost, Row, beside, row_identity, rows, settled
+from pallas_kernels.bench.measure import DeviceLost, Row, beside, row_identity, rows, settled, was_beside
 
 # Each is a module here with `benches() -> Iterable[Bench]`.
 OPS = (
@@ -58,17 +59,23 @@ def main(argv: list[str] | None = None) -> int:
     others = not (args.tune or args.ours)
     try:
         if args.table or args.markdown:
-            found = [row for path in args.table or args.markdown for row in results.read(path)]
+            found = [row for path in args.table or args.markdown for row in results.read(_existing(path))]
             if args.markdown:
                 print(report.markdown(found))
             for path in results.write_tables(found) if args.table else ():
                 print(path)
             return 0
+        if args.peers is not None:
+            peer_files.require(args.peers)
         known = results.mend(args.json) if args.json else []
     except (OSError, ValueError) as error:
         parser.error(str(error))
     part, parts = args.part
-    cases = [case for op in args.ops or OPS for case in benches(op) if args.only in case.name][part - 1 :: parts]
+    named = [case for op in args.ops or OPS for case in benches(op)]
+    cases = [case for case in named if args.only in case.name]
+    if not cases:
+        parser.error(_nothing(args.only, args.ops or OPS, [case.name for case in named]))
+    cases = cases[part - 1 :: parts]
     if jax.default_backend() != "gpu":
         for case in cases:
             print(f"{case.op}  {case.name}  limit {case.limit:.1f} us")
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         os._exit(1)
 
     wanted = set(beside(others, args.peers))
-    finished = {row_identity(row) for row in known if settled(row) and wanted <= set(row.get("beside", ()))}
+    finished = {row_identity(row) for row in known if settled(row) and wanted <= was_beside(row)}
     how = {"tuning": args.tune, "others": others, "peers": args.peers, "lock": args.lock}
     try:
         for case in cases:
@@ -99,6 +106,24 @@ def _keep(path: Path | None, row: Row) -> None:
     print(report.line(row), flush=True)
     if path is not None:
         results.append(path, row)
+
+
+def _existing(path: Path) -> Path:
+    """Raises ValueError where there is no such file: `results.read` takes it for one that has no rows yet."""
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob("*.jsonl"))
+        held = f"{path.parent} has {', '.join(there)}" if there else f"{path.parent} has no *.jsonl"
+        raise ValueError(f"no file {path}: results are what --json FILE wrote; {held}")
+    return path
+
+
+def _nothing(text: str, ops: Sequence[str], names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(text, names, n=3, cutoff=0.3) or names[:3]
+    return (
+        f"--only {text!r} is in the name of none of the {len(names)} cases of {', '.join(ops)}, which are called "
+        f"{', '.join(map(repr, near))} and the like; without a GPU, or with JAX_PLATFORMS=cpu, "
+        f"the command lists them all where --only is left out"
+    )
 
 
 def benches(op: str) -> Iterable[Bench]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.bench import peer_files
 from pallas_kernels.bench.case import Bench
 from pallas_kernels.bench.timing import input_sets, microseconds, timed_calls
 from pallas_kernels.bench.turns import compiled, turn
@@ -42,8 +43,19 @@ def settled(row: Row) -> bool:
 
 
 def beside(others: bool, peers: Path | None) -> list[str]:
-    """Who is timed beside ours."""
+    """Who is to be timed beside ours."""
     return ["xla", *(["peer"] if peers is not None else [])] if others else []
+
+
+def was_beside(row: Row) -> set[str]:
+    """Who was timed beside ours, or had no such kernel. A peer that failed was not: a resumed run tries it again."""
+    return set(row.get("beside", ())) - ({"peer"} if peer_failure(row) else set())
+
+
+def peer_failure(row: Row) -> str | None:
+    """Why the peer has no time in this row; None if it has one, or was not asked."""
+    peer = row.get("peer_us")
+    return peer if isinstance(peer, str) else None
 
 
 def rows(
@@ -76,8 +88,9 @@ def rows(
         if others and peers is not None and case.peer is not None:
             _peer(peers, case)  # compiles what it needs when it first runs
     who = beside(others, peers)
+    version = peer_files.version(peers, case.peer[0]) if others and peers is not None and case.peer else None
     with turn(lock):
-        yield from _measured(case, names, functools.partial(_row, case, tuning, who), who, peers, stuck)
+        yield from _measured(case, names, functools.partial(_row, case, tuning, who, version), who, peers, stuck)
 
 
 def _compiled(case: Bench, names: list[str | None], others: bool) -> Bench:
@@ -179,7 +192,8 @@ def _reason(error: Exception) -> str:
 def _row(
     case: Bench,
     tuning: bool,
-    timed_beside: list[str],
+    asked_beside: list[str],
+    peer_version: str | None,
     which: str | None,
     time: float | str,
     xla: dict[str, float | str],
@@ -211,10 +225,11 @@ def _row(
         "calls": calls,
         "nbytes": case.nbytes,
         "flops": case.flops,
-        "beside": timed_beside,
+        "beside": asked_beside,
         "xla_us": best_xla,
         "xla": xla,
         "peer_us": peer,
+        "peer_version": peer_version,
         "ratio": peer / us if us and isinstance(peer, float) else None,
     }
 

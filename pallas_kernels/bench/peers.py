@@ -1,6 +1,6 @@
 """The peers' kernels (DeepGEMM, FlashMLA) on the same shapes: the one file here that imports torch.
 
-`directory` holds what the peers' wheels unpack to. A kind of kernel is a function of torch and the sizes that gives
+`directory` holds what `peer_files` says. A kind of kernel is a function of torch and the sizes that gives
 (maker of an input set, call on one).
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.bench.peer_files import FLASHMLA
 from pallas_kernels.bench.timing import input_sets, microseconds
 
-FLASHMLA = "_flashmla_C.abi3.so"
 Peer = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
@@ -110,7 +110,10 @@ def _hc(torch: Any, m: int, k: int) -> Peer:
 
 def _flashmla(torch: Any, batch: int, tokens: int, heads: int, window: int, top: int) -> Peer:
     """Sparse decode attention over entries of two pools; its schedule is made at the first call."""
-    torch.ops.load_library(str(next(Path(p) / FLASHMLA for p in sys.path if (Path(p) / FLASHMLA).exists())))
+    library = next((Path(p) / FLASHMLA for p in sys.path if (Path(p) / FLASHMLA).exists()), None)
+    if library is None:
+        raise ImportError(f"no {FLASHMLA} in the peers' directory")
+    torch.ops.load_library(str(library))
     decode = torch.ops._flashmla_C.sparse_decode_fwd
     sizes = [max(batch, 32) * entries for entries in (256, 16384)]  # more than the L2 cache holds
     window_pool, pool = _entries(torch, sizes[0], 256), _entries(torch, sizes[1], 64)

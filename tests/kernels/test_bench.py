@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import block_matmul, expert_layer, grouped_matmul, measure, one_scale, results, turns
+from pallas_kernels.bench import (
+    block_matmul,
+    expert_layer,
+    grouped_matmul,
+    measure,
+    one_scale,
+    peer_files,
+    peers,
+    results,
+    turns,
+)
 from pallas_kernels.bench.case import Bench, Choice, disagreement
 from pallas_kernels.bench.operands import weights_of
 from pallas_kernels.bench.timing import input_sets, timed_calls
@@ -45,6 +55,52 @@ def test_without_a_gpu_the_cases_are_listed(tmp_path):
 def test_an_unknown_op_is_named():
     done = bench("matmul")
     assert done.returncode == 2 and "no benchmark of matmul: there are block_matmul" in done.stderr
+
+
+def refusal(capsys, *arguments):
+    """What the command says where it exits with 2."""
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_text_in_no_case_is_named(capsys):
+    error = refusal(capsys, "router", "--only", "zzz")
+    assert "--only 'zzz' is in the name of none of the 7 cases of router" in error and "'flash router m=1'" in error
+
+
+@pytest.mark.parametrize("use", ["--markdown", "--table"])
+def test_files_that_are_not_there_are_named(capsys, tmp_path, use):
+    (tmp_path / "rows.jsonl").touch()
+    error = refusal(capsys, use, tmp_path / "row.jsonl")
+    assert f"no file {tmp_path / 'row.jsonl'}" in error and f"{tmp_path} has rows.jsonl" in error
+
+
+def peers_in(directory, init="__version__ = '2.5.0'\n"):
+    (directory / "deep_gemm").mkdir(parents=True)
+    (directory / "deep_gemm" / "__init__.py").write_text(init)
+    (directory / "deep_gemm" / "_C.cpython-312-x86_64-linux-gnu.so").write_bytes(b"products")
+    return directory
+
+
+def test_a_directory_without_peers_is_refused(capsys, tmp_path):
+    (tmp_path / "other").touch()
+    error = refusal(capsys, "router", "--peers", tmp_path)
+    assert f"no peer in {tmp_path}: it holds other" in error and "folder deep_gemm" in error
+    assert "it is no directory" in refusal(capsys, "router", "--peers", tmp_path / "other")
+    peer_files.require(peers_in(tmp_path))
+    assert peer_files.missing(tmp_path) == ["_flashmla_C.abi3.so"]
+
+
+def test_versions_of_peers(tmp_path):
+    told = peer_files.version(peers_in(tmp_path / "a"), "gemm")
+    untold = peer_files.version(peers_in(tmp_path / "b", ""), "gemm")
+    name, version, digest = told.split()
+    assert (name, version) == ("DeepGEMM", "2.5.0") and untold == f"DeepGEMM {digest}"
+    assert peer_files.version(tmp_path / "a", "flashmla") is None
+    (tmp_path / "b" / "_flashmla_C.abi3.so").write_bytes(b"attention")
+    assert peer_files.version(tmp_path / "b", "flashmla").startswith("FlashMLA sha256:")
 
 
 def test_wrong_results_are_seen():
@@ -237,6 +293,33 @@ def test_who_was_not_beside_is_still_timed(timed, tmp_path):
         command.main(["block_matmul", "--json", str(path)])
     command.main(["block_matmul", "--ours", "--json", str(path)])
     assert [row["beside"] for row in results.read(path)] == [[], [], ["xla"], ["xla"]]
+
+
+def test_a_peer_that_failed_is_told_and_tried_again(timed, tmp_path, monkeypatch, capsys):
+    path, directory = tmp_path / "rows.jsonl", peers_in(tmp_path / "peers")
+    monkeypatch.setattr(command, "benches", lambda op: [fake_case(peer=("gemm", 8, 64, 64)), fake_case("none")])
+    failing, arguments = [True], ["block_matmul", "--peers", str(directory), "--json", str(path)]
+
+    def peer(directory, kind, nbytes):
+        if failing[0]:
+            raise ImportError("no module named torch")
+        return 7.0
+
+    monkeypatch.setattr(peers, "time_peer", peer)
+    command.main(arguments)
+    assert results.read(path)[0]["peer_us"] == "ImportError: no module named torch"
+    shown = [capsys.readouterr().out]
+    command.main(["--markdown", str(path)])
+    shown.append(capsys.readouterr().out)
+    assert all(" failed " in text and "failed: ImportError: no module named torch" in text for text in shown)
+    command.main(arguments[:1] + arguments[3:])  # who does not ask for it has all
+    assert len(results.read(path)) == 2
+    failing[0] = False
+    for _ in range(2):
+        command.main(arguments)
+    last = results.read(path)[-1]
+    assert [row["case"] for row in results.read(path)] == ["one", "none", "one"] and last["peer_us"] == 7.0
+    assert last["peer_version"].startswith("DeepGEMM 2.5.0 sha256:") and results.read(path)[1]["peer_version"] is None
 
 
 def test_parts_that_take_turns_make_up_the_whole(timed, tmp_path):

@@ -15,7 +15,7 @@ def result(which, us, case="one", problem="m=8 n=64 k=128", stages=2, **changes)
         "op": "block_matmul", "case": case, "tuning": True, "device": "NVIDIA H100 80GB HBM3", "which": which,
         "kind": "few_rows", "problem": problem, "tiling": dataclasses.asdict(FewRows(stages=stages)), "us": us,
         "tflops": 123.4, "gbps": 2345.6, "share": 0.875, "bound": "bytes", "xla_us": 20.0, "peer_us": 12.0,
-        "ratio": 1.2,
+        "ratio": 1.2, "reason": None,
     } | changes  # fmt: skip
 
 
@@ -64,5 +64,7 @@ def test_markdown():
     ]
     assert report.markdown(rows).splitlines()[2:] == [
         "| block_matmul: one | 10.0 | 2346 GB/s | 88 % | 20.0 | 12.0 | 1.20 |",
-        "| block_matmul: two | 8.2 | 123 TFLOP/s | 88 % | 20.0 | - | - |",
+        "| block_matmul: two | 8.2 | 123 TFLOP/s | 88 % | 20.0 | failed | - |",
+        "",
+        "- block_matmul: two: the peer failed: ImportError: torch",
     ]

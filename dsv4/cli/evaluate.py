@@ -20,6 +20,7 @@ from dsv4.cli.compilation import keep_compiled_programs
 from dsv4.cli.evaluate_table import print_rows
 from dsv4.cli.source import checkpoint_config, load_model
 from dsv4.config import RECIPES, ConfigError, Execution, ModelConfig, Recipe, apply_overrides, execution_for
+from dsv4.extras import how_to_install
 
 if TYPE_CHECKING:
     from dsv4.evaluate.rows import Row
@@ -73,7 +74,7 @@ class Evaluate:
     def run(self) -> None:
         recipes = self._recipes()
         if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise UsageError('--plot needs matplotlib: uv sync --extra plots, or pip install "dsv4[plots]"')
+            raise UsageError(f"--plot needs matplotlib: {how_to_install('plots')}")
         self._check_storage()
         with output.json_file(self.json) as write, _appended(self.jsonl) as append, _replaced(self.plot) as picture:
             from dsv4.evaluate.text import documents

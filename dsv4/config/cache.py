@@ -18,8 +18,8 @@ IndexKind = Literal["float32", "bfloat16", "fp8", "fp4"]
 class CacheFormat:
     """How window entries, compressed entries and index keys are stored; `pallas_kernels.formats` says what each is.
 
-    fp8 entries are the interchange format of SPEC section 3, with rotary channels in bfloat16. fp8 and fp4 index keys
-    are Hadamard-rotated, and the queries that meet them rotated and rounded alike.
+    fp8 entries are the interchange format (`pallas_kernels.quant.pages`), with rotary channels in bfloat16. fp8 and fp4
+    index keys are Hadamard-rotated, and the queries that meet them rotated and rounded alike.
     """
 
     window: EntryKind = "fp8"

@@ -17,8 +17,8 @@ class Recipe:
     """A format per tensor class, None for 16 bits. A recipe of your own is `dataclasses.replace` of one of RECIPES.
 
     dense, experts, embedding, head: weights. activations: the input of quantised dense and expert weights (that of
-    `wo_a` excepted, as in the released code). cache: KV window, compressed KV and index keys. What SPEC section 3
-    keeps in high precision has no field.
+    `wo_a` excepted, as in the released code). cache: KV window, compressed KV and index keys. What the
+    released code keeps in high precision (norms, router, mHC, sinks, compressors) has no field.
     outlier_channels: so many input channels of each dense and expert weight, the largest, stay in 16 bits.
     rotate: input channels of dense and expert weights are Hadamard-rotated before they are quantised.
     """
@@ -62,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("bf16"),
-        # SPEC section 3, with the index keys of Hopper deployments.
+        # As released, with the index keys of Hopper deployments.
         Recipe("released", FP8_BLOCK, MXFP4, activations=FP8_GROUP, cache=_FP8),
         Recipe("fp8", FP8_BLOCK, FP8_BLOCK, activations=FP8_GROUP, cache=_FP8),
         # One scale a weight. Activations have one a token: one for a whole batch would let its tokens see each other.

@@ -31,13 +31,13 @@ class Treatment:
 class StorageConfig:
     """Formats by name (pallas_kernels.formats): `plain`, `fp8`, `fp4`, `int8_row`, or spelled out, `e4m3:1x128:ue8m0`.
 
-    dtype: of whatever is not quantised. dense, experts, embedding, head: weights of these classes; what SPEC section 3
-    keeps in high precision has no field. activations: what the input of quantised dense and expert weights is rounded
-    to; None is what the released code does, fp8_group.
+    dtype: of whatever is not quantised. dense, experts, embedding, head: weights of these classes; what the released
+    code keeps in high precision (norms, router, mHC, sinks, compressors) has no field. activations: what the input of
+    quantised dense and expert weights is rounded to; None is what the released code does, fp8_group.
     rotate: input channels of quantised dense and expert weights are Hadamard-rotated. outlier_channels: as many of them
     are kept in 16 bits. static_activations: the scale of an input is stored with its weight.
 
-    Released checkpoints have dense fp8 and experts fp8 or fp4 (SPEC section 3); the rest is this project's
+    Released checkpoints have dense fp8 and experts fp8 or fp4; the rest is this project's
     (`beyond_released`).
     """
 

@@ -10,7 +10,7 @@ from dsv4.config.errors import require
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Defaults follow SPEC section 4; learning rates are for models of a few million parameters.
+    """Defaults follow DeepSeek-V4 (arXiv 2606.19348); learning rates are for models of a few million parameters.
 
     Steps count optimiser updates of `batch` sequences of `length` tokens. During the first `dense_steps` every visible
     compressed entry is attended while the indexer learns from it; after that the top-k selection is in force.

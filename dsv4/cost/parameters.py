@@ -47,7 +47,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of every tensor, MTP blocks and hash tables included, as `config.storage` keeps them (SPEC section 3)."""
+    """Bytes of every tensor, MTP blocks and hash tables included, as `config.storage` keeps them."""
     return sum(_stored_bytes(tensor_name(path), spec, config.storage) for path, spec in leaves(model_specs(config)))
 
 

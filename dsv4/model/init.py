@@ -16,7 +16,7 @@ COMB_DIAGONAL = 4.0
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[Any, Any]:
-    """A parameter tree for `config` (SPEC section 2), float32 or `dtype` where the released layout allows it."""
+    """A parameter tree for `config`, float32 or `dtype` where the released layout allows it."""
 
     def leaf(path: tuple[Any, ...], spec: Spec) -> jax.Array:
         value = _draw(spec, jax.random.fold_in(key, zlib.crc32(tensor_name(path).encode())), config)

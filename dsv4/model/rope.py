@@ -1,4 +1,4 @@
-"""Rotary frequencies of a layer, YaRN included (SPEC section 2)."""
+"""Rotary frequencies of a layer, YaRN included."""
 
 from __future__ import annotations
 

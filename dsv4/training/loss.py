@@ -1,4 +1,4 @@
-"""What training minimises (SPEC section 4): next token, the one after (MTP), expert balance, indexer."""
+"""What training minimises: next token, the one after (MTP), expert balance, indexer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which optimiser moves which parameter, and the learning-rate schedule (SPEC section 4)."""
+"""Which optimiser moves which parameter, as in DeepSeek-V4 (arXiv 2606.19348), and the learning-rate schedule."""
 
 from __future__ import annotations
 

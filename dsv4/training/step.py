@@ -69,7 +69,7 @@ def make_step(
 
 
 def balance_biases(buffers: Flat, load: dict[str, jax.Array], rate: float) -> Flat:
-    """Moves each router bias by +-rate toward an even load (SPEC section 4): up where an expert got too little."""
+    """Moves each router bias by +-rate toward an even load, without a gradient: up where an expert got too little."""
     moved = dict(buffers)
     for layer, share in load.items():
         name = f"{layer}.ffn.gate.bias"

@@ -1,4 +1,9 @@
-"""The definition of compression (SPEC section 2, compressor), pooled in float32."""
+"""The definition of compression: a block's rows averaged per channel, by the softmax of their gates, in float32.
+
+A gate has the learned `ape` of its position in the block added. Where blocks overlap (CSA), an entry pools the first
+half of the channels of the block before with the second half of its own. Then RMSNorm, then RoPE at the position of
+the block's first token.
+"""
 
 from __future__ import annotations
 

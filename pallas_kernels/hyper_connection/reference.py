@@ -1,4 +1,8 @@
-"""The definition of mHC (SPEC section 2): coefficients in float32 from the flattened, normalised streams."""
+"""The definition of mHC: coefficients in float32 from the flattened, normalised streams.
+
+mix = (f @ fn.T) * rsqrt(mean(f^2) + norm_eps) of the n streams flattened, f [n*D]; times a scale for each of
+its three parts, plus base: pre = sigmoid + eps of n channels, post = 2 * sigmoid of n, comb = sinkhorn of n x n.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of every index key for every query (SPEC section 2, indexer)."""
+"""Scores of every index key for every query: heads clipped at zero, then added by weight."""
 
 from __future__ import annotations
 

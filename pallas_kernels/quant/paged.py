@@ -1,7 +1,7 @@
 """Rows of many sequences in the pages of one pool: what a cache of unknown lengths is, and what kernels read.
 
 A row is named by its number in its sequence; the table says which page holds it. Pages of quantised rows are the bytes
-of SPEC section 3 (pallas_kernels.quant.pages), pages of plain rows are arrays of them.
+that pallas_kernels.quant.pages lists, pages of plain rows are arrays of them.
 """
 
 from __future__ import annotations

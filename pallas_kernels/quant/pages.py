@@ -1,4 +1,4 @@
-"""The interchange page and the index page (SPEC section 3): rows of a cache as the bytes other kernels read.
+"""The interchange page and the index page: rows of a cache as the bytes other kernels read.
 
 Both are block-planar: first every row's data, then every row's scales. The interchange page of P entries:
 

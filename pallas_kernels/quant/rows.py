@@ -3,7 +3,7 @@
 | format | body | tail | scale |
 |---|---|---|---|
 | plain | [..., N, K] bfloat16 or float32 | none | none |
-| FP8 entry (SPEC section 3) | [..., N, K-R] E4M3 | [..., N, R] bfloat16, the rotary channels | [..., N, 8] E8M0 bytes |
+| FP8 entry (interchange) | [..., N, K-R] E4M3 | [..., N, R] bfloat16, the rotary channels | [..., N, 8] E8M0 bytes |
 | FP8, one scale for all | [..., N, K] E4M3 | none | none |
 | INT8 | [..., N, K] int8 | none | [..., N, 1] float32 |
 | FP8 index key | [..., N, Ki] E4M3 | none | [..., N, 1] float32, a power of two |

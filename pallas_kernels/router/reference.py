@@ -1,4 +1,4 @@
-"""The definition of routing (SPEC section 2, MoE)."""
+"""The definition of routing: scores in float32, the k best by score + bias or those given, weights without the bias."""
 
 from __future__ import annotations
 

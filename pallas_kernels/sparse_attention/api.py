@@ -1,4 +1,4 @@
-"""One softmax over a window and selected compressed entries, with a sink (SPEC section 2, attention).
+"""One softmax over a window and selected compressed entries, with a sink for every head.
 
 Two forms of one op. Decode reads single entries by index; prefill takes the window as a band of consecutive rows,
 which is what many queries of one sequence share. Both return the natural log-sum-exp WITHOUT the sink: partial

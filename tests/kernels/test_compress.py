@@ -1,4 +1,4 @@
-"""Compression against SPEC section 2 over a whole sequence, and against itself under every way to cut the sequence."""
+"""Compression against its definition over a whole sequence, and against itself under every way to cut the sequence."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""mHC against SPEC section 2 written out per token: sigmoids and eps, Sinkhorn, and which way `comb` is applied."""
+"""mHC against its definition written out per token: sigmoids and eps, Sinkhorn, and which way `comb` is applied."""
 
 import functools
 

@@ -30,7 +30,7 @@ prefill = functools.partial(jax.jit, static_argnames="width")(
 
 
 def attend(q, entries, sink):
-    """One query [H, K] over entries [n, K], as SPEC section 2 says it: (out [H, K], lse [H]) in float64."""
+    """One query [H, K] over entries [n, K], in one softmax with the sink: (out [H, K], lse [H]) in float64."""
     entries = np.asarray(entries, np.float64).reshape(-1, q.shape[-1])
     logits = q.astype(np.float64) @ entries.T * SCALE
     with np.errstate(divide="ignore"):

@@ -200,7 +200,7 @@ def test_gradients_of_the_real_choices(attend_all):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
 
 
-# SPEC section 4. Everything else that is trainable is AdamW's.
+# As in DeepSeek-V4. Everything else that is trainable is AdamW's.
 MUON = {"dense", "expert", "projection", "router", "hyper"}
 
 
@@ -217,7 +217,7 @@ def updates_of():
 
 
 def newton_schulz(matrix):
-    """SPEC section 4 for one matrix, in float64."""
+    """Eight fast steps and two that settle, of one matrix, in float64."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x.astype(np.float64) / np.linalg.norm(x)
     for a, b, c in [(3.4445, -4.7750, 2.0315)] * 8 + [(2, -1.5, 0.5)] * 2:

@@ -1,4 +1,4 @@
-"""The attention sub-layer (SPEC section 2): low-rank queries, one shared key-value head, a window and a selection."""
+"""The attention sub-layer: low-rank queries, one shared key-value head, a window and a selection."""
 
 from __future__ import annotations
 

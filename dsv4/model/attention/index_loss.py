@@ -1,4 +1,4 @@
-"""How far the indexer's ranking is from the attention it stands in for (SPEC section 4)."""
+"""How far the indexer's ranking is from the attention it stands in for: what trains the indexer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mixture-of-experts sub-layer (SPEC section 2, MoE)."""
+"""The mixture-of-experts sub-layer: a router, the experts that a token takes, and the shared one that all take."""
 
 from __future__ import annotations
 

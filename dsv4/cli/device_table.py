@@ -36,13 +36,15 @@ class Cell:
 class Row:
     """Calls of one op with operands of one kind. operands: formats of weights and activations, or PLAIN.
 
-    choice: whether the op has more than its reference.
+    choice: whether the op has more than its reference. rows: what quantised rows an op that writes them is given,
+    "entries" or "index keys", whose answers may differ; "" for every other op.
     """
 
     op: str
     operands: str
     choice: bool
     cells: dict[str, Cell]
+    rows: str = ""
 
 
 def device_table(config: ModelConfig, recipe: Recipe | None) -> list[Row]:
@@ -52,19 +54,21 @@ def device_table(config: ModelConfig, recipe: Recipe | None) -> list[Row]:
     """
     dtypes: tuple[Float, ...] = "float32", "bfloat16"
     calls = {dtype: traced_calls(config, recipe, dtype) for dtype in dtypes}
-    groups: dict[tuple[str, str], dict[str, list[Call]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, list[Call]]] = {}
     for dtype, of_phases in calls.items():
         for phase_calls in of_phases.values():
             for call in phase_calls:
-                groups.setdefault((call.op.name, _operands(call)), {}).setdefault(dtype, []).append(call)
+                kind = call.op.name, _operands(call), _written_rows(call)
+                groups.setdefault(kind, {}).setdefault(dtype, []).append(call)
     return [
         Row(
             op,
             operands,
             any(len(call.op.candidates) > 1 for group in by_dtype.values() for call in group),
             {name: _cell(name, by_dtype.get(kind.matmul_dtype, [])) for name, kind in KINDS.items()},
+            rows,
         )
-        for (op, operands), by_dtype in sorted(groups.items())
+        for (op, operands, rows), by_dtype in sorted(groups.items())
     ]
 
 
@@ -94,6 +98,14 @@ def _operands(call: Call) -> str:
     return ", ".join(weights) + (f" x {format_name(activations)}" if activations else "")
 
 
+def _written_rows(call: Call) -> str:
+    """`compress` writes a layer's entries and its index keys, which alone are rotated."""
+    cached = call.args[0] if call.op.name == "compress" else None
+    if not isinstance(cached, Rows) or cached.format.quant is None:
+        return ""
+    return "index keys" if cached.format.hadamard else "entries"
+
+
 def as_text(rows: Sequence[Row]) -> tuple[list[tuple[str, ...]], list[str]]:
     """Lines of op, operands and one cell a device, of the ops that have a choice; and the footnotes of all."""
     notes: list[str] = []
@@ -103,15 +115,20 @@ def as_text(rows: Sequence[Row]) -> tuple[list[tuple[str, ...]], list[str]]:
 
 
 def markdown(config: ModelConfig, recipes: Iterable[Recipe]) -> str:
-    """One table of `recipes` for the ops of `config` that have a choice, equal rows joined, footnotes below."""
+    """One table of `recipes` for the ops of `config` that have a choice, equal rows joined, footnotes below.
+
+    Where one op has two answers under a recipe, its name says to what rows each applies.
+    """
     notes: list[str] = []
     rows: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for recipe in recipes:
         choices = [row for row in recipe_table(config, recipe) if row.choice]
         quantised = [row for row in choices if row.operands != PLAIN]  # in bf16, none
+        answers = [(row, _texts(row.cells, notes)) for row in quantised or choices]
         ops: dict[tuple[str, ...], list[str]] = {}
-        for row in quantised or choices:
-            ops.setdefault(_texts(row.cells, notes), []).append(row.op)
+        for row, cells in answers:
+            alone = all(found == cells for other, found in answers if other.op == row.op)
+            ops.setdefault(cells, []).append(row.op if alone else f"{row.op} ({row.rows or row.operands})")
         for cells, names in ops.items():
             rows.setdefault((tuple(dict.fromkeys(names)), cells), []).append(recipe.name)
     lines = [(", ".join(names), ", ".join(ops), *cells) for (ops, cells), names in rows.items()]

@@ -140,6 +140,17 @@ def test_reasons_name_the_device_or_what_is_missing():
     )
 
 
+def test_a_table_has_one_answer_for_one_name():
+    """Entries and index keys of the same recipe are compressed by different implementations: each row says which."""
+    lines = markdown(FLASH, [find_recipe("fp8_per_tensor"), find_recipe("released")]).splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")][2:-1]
+    named = [(recipe, op) for row in rows for recipe in row[0].split(", ") for op in row[1].split(", ")]
+    assert len(named) == len(set(named))
+    ops = {op: recipe.removeprefix("| ") for recipe, op in named if op.startswith("compress")}
+    per_tensor = "fp8_per_tensor"
+    assert ops == {"compress (entries)": per_tensor, "compress (index keys)": per_tensor, "compress": "released"}
+
+
 def test_the_readme_has_this_table():
     """Its text between the markers is what `dsv4 doctor --markdown` prints."""
     found = README.read_text().split("<!-- device table -->\n")[1].split("<!-- end device table -->")[0]

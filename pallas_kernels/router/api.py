@@ -30,7 +30,11 @@ def router(
 
     scoring: sqrtsoftplus, sigmoid or softmax of x @ weight.T. bias: added for the choice only, not to the weights.
     experts: given (hash routing), of 0 to E - 1, or None (the k best by score + bias; ties to the lower expert).
-    normalize: divide the chosen scores by their sum (never with softmax). scale: multiplies the weights at the end.
+    normalize: divide the chosen scores by their sum; as in the released code it does nothing with softmax, whose
+    weights stay shares of all experts. scale: multiplies the weights at the end.
+    On Hopper the number of tokens decides which kernel runs (one up to 128, another beyond) and in how many parts it
+    adds a score's products: the last bits of a token's scores and weights, and so those of its logits, may depend on
+    how many tokens come with it, as may the choice between experts that are equally good but for such bits.
     Raises ValueError where shapes do not fit.
     """
     if weight.shape[1] != x.shape[1]:

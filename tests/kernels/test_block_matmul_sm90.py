@@ -34,6 +34,7 @@ FEW = [
     (FewRows(blocks=2, stages=2, warpgroups=2, shares=2), (16, 256, 512)),
     (FewRows(blocks=4, stages=2, warpgroups=2), (64, 384, 1024)),
     (FewRows(blocks=1, stages=4, warpgroups=2), (24, 128, 128)),
+    (FewRows(blocks=1, stages=1, warpgroups=2), (8, 128, 512)),
 ]
 
 

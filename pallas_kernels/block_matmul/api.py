@@ -13,6 +13,7 @@ from pallas_kernels.block_matmul import block_dot, reference, scaled_dot, sm90
 from pallas_kernels.dispatch import Candidate, Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
+from pallas_kernels.operands import require_floats
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.quant.weights import require_rows_apart, shown
 from pallas_kernels.typing import typed
@@ -52,9 +53,10 @@ def matmul(
     fewer channels than a tile, a tile is the whole row. codes: `quantize(x)`, [rows, I], where it is known already: it
     is not made again if its format is `activations`, and changes nothing. batch_invariant: the bits of a row depend on
     it and on w alone, neither on the other rows nor on their number; implementations that cannot promise it refuse.
-    Raises ValueError where x, w and codes do not fit, and in that mode for activations whose scales span rows.
+    Raises TypeError for an x or w that is no array of floats (w may be quantised), ValueError where x, w and codes do
+    not fit, and in that mode for activations whose scales span rows.
     """
-    _require_channels(x, w)
+    _require_alike(x, w, least=1)
     if codes is not None and codes.shape != (rows := (math.prod(x.shape[:-1]), x.shape[-1])):
         raise ValueError(f"codes have shape {codes.shape}: the rows of x {x.shape} are {rows}")
     if batch_invariant:
@@ -63,7 +65,13 @@ def matmul(
     return MATMUL(x, shown(x, w), codes=codes, **how, implementation=implementation)
 
 
-def _require_channels(x: jax.Array, w: Any) -> None:
+def _require_alike(x: jax.Array, w: Any, least: int) -> None:
+    """least: axes of x."""
+    require_floats(x=x)
+    if not isinstance(w, QuantTensor | TreatedWeight | ObservedWeight):
+        require_floats(w=w)
+    if x.ndim < least:
+        raise ValueError(f"x has shape {x.shape}: it ends in {'[G, I]' if least == 2 else '[I]'}")
     if w.ndim != 2:
         raise ValueError(f"w has shape {tuple(w.shape)}: a matrix [O, I]")
     if x.shape[-1] != w.shape[-1]:
@@ -80,9 +88,9 @@ def block_diagonal_matmul(
 ) -> Float[Array, "*rows GO"]:
     """Group g of x times rows g*O..(g+1)*O-1 of w, concatenated: the grouped output projection `wo_a`.
 
-    Its input is never quantised, in the released code and here. batch_invariant, and ValueError: as in `matmul`.
+    Its input is never quantised, in the released code and here. batch_invariant, and errors: as in `matmul`.
     """
-    _require_channels(x, w)
+    _require_alike(x, w, least=2)
     if w.shape[0] % x.shape[-2]:
         raise ValueError(f"w has {w.shape[0]} rows for the {x.shape[-2]} groups of x: a multiple")
     return BLOCK_DIAGONAL(x, shown(x, w), batch_invariant=batch_invariant, implementation=implementation)

@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.gradient import rounded_reference
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.quant.weights import require_rows_apart, shown
 from pallas_kernels.router import Routing
+from pallas_kernels.swiglu import require_limit
 from pallas_kernels.typing import typed
 
 EXPERTS = Op(
@@ -44,8 +45,9 @@ def experts(
     The routing weight multiplies before the second projection, so that a kernel can quantise its result. limit: of the
     SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights. batch_invariant: the bits
     of a token depend neither on the others nor on their number; implementations that cannot promise it refuse. Raises
-    ValueError where shapes do not fit, and in that mode for activations whose scales span rows.
+    ValueError where shapes do not fit, for a limit below 0, and in that mode for activations whose scales span rows.
     """
+    require_limit(limit)
     count, inner, channels = w1.shape
     if x.shape[-1] != channels or tuple(w3.shape) != tuple(w1.shape) or tuple(w2.shape) != (count, channels, inner):
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, w1, w3, w2))

@@ -1,6 +1,7 @@
 """Dense layers: weights [out, in], plain or quantised, products summed in float32; the grouped output projection."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,26 @@ def test_what_does_not_fit_is_named():
     stack = quantize(jnp.ones((2, 64, 128)), FP8_BLOCK)
     with pytest.raises(ValueError, match=r"w has shape \(2, 64, 128\): a matrix"):
         block_matmul.matmul(x, stack)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "error"),
+    [
+        ([[1.0] * 128], None, "x is a list: a jax or NumPy array"),
+        ("x", None, "x is a str"),
+        (np.ones((2, 128), np.int32), None, r"x is int32: an array of floats, such as x.astype\(jnp.float32\)"),
+        (np.float32(1), None, "x is a float32: a jax or NumPy array"),
+        (np.ones((), np.float32), None, r"x has shape \(\): it ends in \[I\]"),
+        (np.ones((2, 128), np.float32), [[1.0] * 128], "w is a list"),
+        (np.ones((2, 128), np.float32), np.ones((4, 128), np.int8), "w is int8"),
+    ],
+)
+def test_what_is_no_array_of_floats_is_named(x, w, error):
+    w = fp8(1, 64, 128) if w is None else w
+    with pytest.raises((TypeError, ValueError), match=error):
+        inspect.unwrap(block_matmul.matmul)(x, w)
+    with pytest.raises((TypeError, ValueError), match=error.replace("[I", "[G, I")):
+        inspect.unwrap(block_matmul.block_diagonal_matmul)(x, w)
 
 
 def test_a_product_for_each_of_several_rows_of_codes():

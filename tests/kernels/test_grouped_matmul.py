@@ -131,6 +131,13 @@ def test_a_routing_of_other_tokens_is_named():
             experts(jnp.asarray(x), *[jnp.asarray(w)] * 3, other, limit=0.0)
 
 
+@pytest.mark.parametrize("limit", [-1.0, float("nan")])
+def test_a_clamp_below_zero_is_refused(limit):
+    x, w = jnp.asarray(normal(0, 5, IN)), jnp.asarray(normal(1, EXPERTS, IN, IN))
+    with pytest.raises(ValueError, match=f"limit is {limit}: of the SwiGLU clamp, 0 for none or a positive"):
+        experts(x, w, w, w, routing_of(5, 2), limit=limit)
+
+
 @pytest.mark.parametrize("form", ["fp8_row", "fp8_tensor", "int8_row", "int8_tensor"])
 @pytest.mark.parametrize("rows", [4, 20], ids=["few rows", "many rows"])
 def test_products_of_codes_are_the_reference(form, rows):

@@ -1,6 +1,7 @@
 """mHC against its definition written out per token: sigmoids and eps, Sinkhorn, and which way `comb` is applied."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,39 @@ def test_bfloat16_streams_are_mixed_in_float32():
     assert x.dtype == jnp.bfloat16 and mix.comb.dtype == mix.post.dtype == jnp.float32
     np.testing.assert_array_equal(mix.comb, exact.comb)
     assert post(streams, x, mix).dtype == jnp.bfloat16
+
+
+PRE = {"streams": normal(0, 2, STREAMS, WIDTH), **PARAMETERS, "iterations": 1, "eps": 1e-6, "norm_eps": NORM_EPS}
+POST = {
+    "streams": normal(0, 2, STREAMS, WIDTH),
+    "out": normal(1, 2, WIDTH),
+    "mix": Mix(normal(2, 2, STREAMS), normal(3, 2, STREAMS, STREAMS)),
+}
+HEAD = {"fn": normal(1, STREAMS, STREAMS * WIDTH), "base": normal(2, STREAMS), "scale": np.ones(1, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "changed", "error"),
+    [
+        (hyper_connection.pre, PRE, {"streams": [[1.0]]}, "streams is a list: a jax or NumPy array of floats"),
+        (hyper_connection.pre, PRE, {"streams": np.ones((3, 5), np.int32)}, "streams is int32: an array of floats"),
+        (hyper_connection.pre, PRE, {"streams": np.float32([1])}, r"streams have shape \(1,\): \[..., n, D\]"),
+        (hyper_connection.pre, PRE, {"fn": HEAD["fn"]}, r"fn has shape \(3, 15\), not \(15, 15\): streams have"),
+        (hyper_connection.pre, PRE, {"base": HEAD["base"]}, r"base has shape \(3,\), not \(15,\)"),
+        (hyper_connection.pre, PRE, {"scale": HEAD["scale"]}, r"scale has shape \(1,\), not \(3,\): one for each"),
+        (hyper_connection.pre, PRE, {"iterations": 0}, "iterations are 0: of Sinkhorn, 1 and more"),
+        (hyper_connection.pre_quantize_rows, PRE, {"norm_weight": normal(1, 4)}, r"norm_weight has shape \(4,\)"),
+        (hyper_connection.post, POST, {"out": normal(1, 3, WIDTH)}, r"out has shape \(3, 5\), not \(2, 5\)"),
+        (hyper_connection.post, POST, {"mix": tuple(POST["mix"])}, "mix is a tuple: the Mix that `pre` gives"),
+        (hyper_connection.post, POST, {"mix": POST["mix"]._replace(comb=POST["mix"].post)}, "mix.comb has shape"),
+        (hyper_connection.head, {**PRE, **HEAD}, {"fn": PARAMETERS["fn"]}, r"fn has shape \(15, 15\), not \(3, 15\)"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(op, given, changed, error):
+    """By the op itself: the checks of shapes by annotation are off where no test runs."""
+    op, given = inspect.unwrap(op), given | changed
+    with pytest.raises((TypeError, ValueError), match=error):
+        op(**{name: given[name] for name in inspect.signature(op).parameters if name in given})
 
 
 def test_one_stream_is_a_gated_residual():

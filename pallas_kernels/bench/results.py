@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pallas_kernels
-from pallas_kernels.block_matmul import tilings
-from pallas_kernels.block_matmul.tilings import Entry, Problem, Table, TableError
+from pallas_kernels.block_matmul import table as tables
+from pallas_kernels.block_matmul.problem import Problem
+from pallas_kernels.block_matmul.table import Entry, Table, TableError
 from pallas_kernels.grouped_matmul import tilings as grouped_tilings
 
 Row = dict[str, Any]
 TABLE = "tiling_h100.json"
 TABLE_DEVICES = "H100", "H200"  # one chip, but for its memory
 # op -> kinds of tilings in its table.
-KINDS: dict[str, dict[str, type]] = {"block_matmul": tilings.KINDS, "grouped_matmul": grouped_tilings.KINDS}
+KINDS: dict[str, dict[str, type]] = {"block_matmul": tables.KINDS, "grouped_matmul": grouped_tilings.KINDS}
 
 
 def read(path: Path) -> list[Row]:
@@ -86,10 +87,10 @@ def write_tables(rows: Iterable[Row], root: Path | None = None) -> list[Path]:
     paths = []
     for op, found in of_op.items():
         path = root / op / TABLE
-        old = tilings.parse(path.read_text(), str(path), KINDS[op]) if path.exists() else {}
+        old = tables.parse(path.read_text(), str(path), KINDS[op]) if path.exists() else {}
         write(path, table_text(merged(old, found, KINDS[op])))
         paths.append(path)
-    tilings.load.cache_clear()
+    tables.load.cache_clear()
     return paths
 
 
@@ -102,8 +103,9 @@ def merged(old: Table, rows: Iterable[Row], kinds: dict[str, type]) -> Table:
             best[key] = row
     entries = {(kind, str(entry.problem)): entry for kind, found in old.items() for entry in found}
     for (kind, problem), row in best.items():
-        tiling = tilings.tiling_of(kinds[kind], row["tiling"], f"{row['op']} {row['case']}")
-        entries[kind, problem] = Entry(Problem.parse(problem), tiling, round(row["us"], 2))
+        tiling = tables.tiling_of(kinds[kind], row["tiling"], f"{row['op']} {row['case']}")
+        on = next((name for name in TABLE_DEVICES if name in row["device"]), row["device"])
+        entries[kind, problem] = Entry(Problem.parse(problem), tiling, round(row["us"], 2), on)
     return {kind: tuple(entry for (of, _), entry in entries.items() if of == kind) for kind in kinds}
 
 
@@ -112,7 +114,11 @@ def table_text(table: Table) -> str:
     kinds = []
     for kind, entries in table.items():
         ordered = sorted(entries, key=lambda entry: tuple(vars(entry.problem).values()))
-        lines = (f"    {json.dumps(str(e.problem))}: {json.dumps(vars(e.tiling) | {'us': e.us})}" for e in ordered)
+        lines = (f"    {json.dumps(str(e.problem))}: {json.dumps(vars(e.tiling) | _measured(e))}" for e in ordered)
         if ordered:
             kinds.append(f"  {json.dumps(kind)}: {{\n" + ",\n".join(lines) + "\n  }")
     return "{\n" + ",\n".join(kinds) + "\n}\n" if kinds else "{}\n"
+
+
+def _measured(entry: Entry) -> Row:
+    return {"us": entry.us} | ({"on": entry.on} if entry.on else {})

@@ -1,49 +1,25 @@
-"""Which tiling a product gets: the nearest one that was measured, or a default that fits whatever divides.
-
-A table is a JSON file beside the op, `{kind: {problem: {**tiling, "us": measured}}}`. A problem is written as its sizes
-are: `m=3072 n=4096 k=4096 experts=256 rows=16`. `python -m pallas_kernels.bench --tune`, then `--table`, make it.
-"""
+"""Which tiling a product gets: the nearest one that was measured, or a default that fits whatever divides."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import math
-import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, MOST_SHARES, SHARED_BYTES, WGMMA_ROWS, Problem
+from pallas_kernels.block_matmul.table import DENSE, TABLE, Entry, load
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly, weight_only_reason, weight_only_tilings
 from pallas_kernels.mosaic.launch import H100_SMS
 
-TABLE = Path(__file__).with_name("tiling_h100.json")
-DENSE: dict[str, type] = {"few_rows": FewRows, "many_rows": ManyRows}  # of FP8 products
-KINDS = DENSE | {"weight_only": WeightOnly}
 FEW = 32  # rows up to which the kernel for few of them is taken where nothing was measured
 FAR = {"m": 8, "rows": 4}  # see `choose`
 CONSUMERS = 2
 ACCUMULATOR_REGISTERS = 96  # of a thread, for what is worth a try: the rest holds addresses and scales
 LEAST_FINISHED = 16  # columns that a consumer stores: a swizzled tile of at least 32 bytes a row
 CONSUMER_COLUMNS = (32, 64, 128)
-
-
-class TableError(ValueError):
-    """A table of tilings that cannot be read; names the file and the key."""
-
-
-class Entry(NamedTuple):
-    """A measured tiling, with its microseconds."""
-
-    problem: Problem
-    tiling: Any
-    us: float
-
-
-Table = Mapping[str, tuple[Entry, ...]]
 
 
 def few_rows_tiling(m: int, n: int, k: int, weights: int = 1, *, table: Path = TABLE) -> FewRows | None:
@@ -242,59 +218,3 @@ def padded_rows(m: int, tiling: FewRows | ManyRows) -> int:
 
 def _few_rows(problem: Problem) -> int:
     return problem.rows or -(-problem.m // 8) * 8
-
-
-@functools.cache
-def load(path: Path, kinds: tuple[tuple[str, type], ...] = tuple(KINDS.items())) -> Table:
-    """The table at `path`, empty where there is no file. kinds: name -> class of its tilings. Raises TableError."""
-    return parse(path.read_text(), str(path), dict(kinds)) if path.exists() else {}
-
-
-def parse(text: str, where: str, kinds: Mapping[str, type] = KINDS) -> Table:
-    """The table that `text` holds; `where` is for errors. Raises TableError."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TableError(f"{where}: {error}") from None
-    if not isinstance(content, dict):
-        raise TableError(f"{where}: not a table of {', '.join(kinds)}")
-    if unknown := content.keys() - kinds.keys():
-        raise TableError(f"{where}: {', '.join(sorted(unknown))}: there are {', '.join(kinds)}")
-    table = {}
-    for kind, problems in content.items():
-        if not isinstance(problems, dict):
-            raise TableError(f"{where}: {kind}: not a table of problems")
-        table[kind] = tuple(
-            _entry(kinds[kind], key, value, f"{where}: {kind}: {key!r}") for key, value in problems.items()
-        )
-    return table
-
-
-def _entry(cls: type, key: str, value: Any, where: str) -> Entry:
-    try:
-        problem = Problem.parse(key)
-    except ValueError as error:
-        raise TableError(f"{where}: not a problem: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("us"), int | float):
-        raise TableError(f"{where}: no tiling with its `us`")
-    tiling = {name: setting for name, setting in value.items() if name != "us"}
-    return Entry(problem, tiling_of(cls, tiling, where), float(value["us"]))
-
-
-def tiling_of(cls: type, settings: Mapping[str, Any], where: str) -> Any:
-    """A tiling of `cls` with these settings, checked against the types of its fields. Raises TableError."""
-    types = typing.get_type_hints(cls)
-    for name, setting in settings.items():
-        kind = types.get(name)
-        if kind is None:
-            raise TableError(f"{where}: {cls.__name__} has no {name}, but {', '.join(types)}")
-        if typing.get_origin(kind) is typing.Literal:
-            good = setting in typing.get_args(kind)
-        else:
-            good = type(setting) is kind and (kind is not int or setting > 0)
-        if not good:
-            raise TableError(f"{where}: {name} is {setting!r}")
-    try:
-        return cls(**settings)
-    except ValueError as error:
-        raise TableError(f"{where}: {error}") from None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pallas_kernels.block_matmul import table as tables
 from pallas_kernels.block_matmul import tilings
+from pallas_kernels.block_matmul.table import load
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
-from pallas_kernels.block_matmul.tilings import Problem, choose, load
+from pallas_kernels.block_matmul.tilings import Problem, choose
 from pallas_kernels.grouped_matmul.tiling import (
     INVARIANT_BLOCKS,
     STAGE_BLOCKS,
@@ -40,7 +42,7 @@ class LayerTiling:
     down: FewRows | ManyRows | Mxfp4Rows
 
 
-KINDS: dict[str, type] = tilings.KINDS | {"mxfp4": Mxfp4Rows, "layer": LayerRows, "mxfp4_layer": LayerRows}
+KINDS: dict[str, type] = tables.KINDS | {"mxfp4": Mxfp4Rows, "layer": LayerRows, "mxfp4_layer": LayerRows}
 
 
 def tiling(

@@ -16,13 +16,13 @@ from pallas_kernels.block_matmul import (
     decode_sm90,
     kernel_sm90,
     matmul,
-    tilings,
     weight_only_sm90,
 )
 from pallas_kernels.block_matmul.cases import BENCH, MatmulCase
 from pallas_kernels.block_matmul.codes import ORDER
 from pallas_kernels.block_matmul.problem import Problem
 from pallas_kernels.block_matmul.sm90 import TREATED
+from pallas_kernels.block_matmul.table import TABLE
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import dense_tiling, in_one_order, weight_only_tiling
 from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly
@@ -188,7 +188,7 @@ def test_shared_out_k_is_passed_over(tmp_path):
 def test_every_case_has_a_tiling_of_one_order():
     for case in BENCH:
         problem = Problem(case.m, case.n, case.k)
-        for table in (tilings.TABLE, tilings.TABLE.with_name("none.json")):
+        for table in (TABLE, TABLE.with_name("none.json")):
             found = dense_tiling(case.m, case.n, case.k, table, batch_invariant=True)
             weight_only = weight_only_tiling(problem, table, batch_invariant=True)
             assert found and in_one_order(found) and weight_only and in_one_order(weight_only)

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from pallas_kernels.bench import report, results
+from pallas_kernels.block_matmul.table import TableError
 from pallas_kernels.block_matmul.tiling import FewRows
-from pallas_kernels.block_matmul.tilings import TableError
 
 
 def result(which, us, case="one", problem="m=8 n=64 k=128", stages=2, **changes):
@@ -26,12 +26,15 @@ def test_the_table_keeps_the_fastest_tilings(tmp_path, monkeypatch):
     rows = [result("a", 9.0), result("b", 4.0, stages=3), result("c", None, stages=4), result("d", 5.0, problem=other)]
     assert results.write_tables(rows, tmp_path) == [folder / "tiling_h100.json"]
     table = json.loads((folder / "tiling_h100.json").read_text())
-    best = dataclasses.asdict(FewRows(stages=3)) | {"us": 4.0}
-    assert table == {"few_rows": {"m=8 n=64 k=128": best, other: dataclasses.asdict(FewRows(stages=2)) | {"us": 5.0}}}
+    best = dataclasses.asdict(FewRows(stages=3)) | {"us": 4.0, "on": "H100"}
+    assert table == {
+        "few_rows": {"m=8 n=64 k=128": best, other: dataclasses.asdict(FewRows(stages=2)) | {"us": 5.0, "on": "H100"}}
+    }
     # A later measurement replaces its own problem alone, slower or not: the kernel has changed.
-    results.write_tables([result("a", 6.0, stages=5)], tmp_path)
+    results.write_tables([result("a", 6.0, stages=5, device="NVIDIA H200")], tmp_path)
     table = json.loads((folder / "tiling_h100.json").read_text())["few_rows"]
     assert table["m=8 n=64 k=128"]["stages"] == 5 and other in table
+    assert (table["m=8 n=64 k=128"]["on"], table[other]["on"]) == ("H200", "H100")
     with pytest.raises(TableError, match="was measured on NVIDIA B200"):
         results.write_tables([result("a", 1.0, device="NVIDIA B200")], tmp_path)
     before = (folder / "tiling_h100.json").read_text()

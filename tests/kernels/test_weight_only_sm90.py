@@ -12,6 +12,7 @@ from pallas_kernels.bench import weight_only as bench
 from pallas_kernels.block_matmul import api, block_diagonal_matmul, matmul, tilings, weight_only_sm90
 from pallas_kernels.block_matmul.cases import BENCH, HOSTILE
 from pallas_kernels.block_matmul.problem import Problem
+from pallas_kernels.block_matmul.table import TABLE
 from pallas_kernels.block_matmul.tilings import weight_only_reason, weight_only_tiling
 from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly
 from pallas_kernels.device import KINDS, pretend
@@ -23,7 +24,7 @@ from tests.kernels import sums
 H100 = KINDS["H100 / H200"]
 FLOAT_BLOCK = dataclasses.replace(FP8_BLOCK, scale="float32", power_of_two=False)
 ROW, TENSOR, E5M2 = FORMATS["fp8_row"], FORMATS["fp8_tensor"], FORMATS["e5m2"]
-NO_TABLE = tilings.TABLE.with_name("none.json")
+NO_TABLE = TABLE.with_name("none.json")
 shape = jax.ShapeDtypeStruct
 
 
@@ -236,7 +237,7 @@ def test_lowers_for_a_gpu(rows):
 def test_every_case_has_a_tiling():
     for case in (*BENCH, *HOSTILE):
         problem = Problem(case.m, case.n, case.k)
-        for table in (tilings.TABLE, NO_TABLE):
+        for table in (TABLE, NO_TABLE):
             found = weight_only_tiling(problem, table)
             assert found and tilings.reason(found, problem) is None
         by_block = weight_only_tiling(problem, NO_TABLE, by_block=True)

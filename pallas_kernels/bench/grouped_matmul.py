@@ -20,11 +20,12 @@ from pallas_kernels.bench.case import Bench, Choice
 from pallas_kernels.bench.operands import weights_of
 from pallas_kernels.block_matmul.decode_sm90 import few_rows
 from pallas_kernels.block_matmul.kernel_sm90 import many_rows
+from pallas_kernels.block_matmul.problem import WGMMA_ROWS, Problem
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
-from pallas_kernels.block_matmul.tilings import Problem
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.cases import BENCH, LAYERS, GroupedCase
+from pallas_kernels.mosaic.launch import H100_SMS
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FP8_GROUP, QuantTensor, dequantize, quantize
 from pallas_kernels.swiglu import swiglu
@@ -88,10 +89,15 @@ def _ways(case: GroupedCase) -> Iterator[tuple[str, tuple[int, FewRows | ManyRow
         problem = Problem(m, case.n, case.k, case.weights, case.experts, rows)
         of_table = tilings.tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows)
         tried = [] if of_table is None else [of_table]
-        if rows <= tilings.FEW:  # there are tiles enough: K shared out was measured to be slower throughout
-            tried += [tiling for tiling in few_rows_tilings(problem) if tiling.shares == 1]
+        if rows <= tilings.FEW:  # with tiles enough, K shared out was measured to be slower throughout
+            tried += [tiling for tiling in few_rows_tilings(problem) if tiling.shares == 1 or few_tiles(case)]
         tried += many_rows_tilings(problem)
         yield from ((_name(rows, tiling), (rows, tiling)) for tiling in tried)
+
+
+def few_tiles(case: GroupedCase) -> bool:
+    """Whether every multiprocessor has so few tiles of 64 rows that one more or less counts."""
+    return case.hit * case.n // WGMMA_ROWS <= 4 * H100_SMS
 
 
 def _chosen(case: GroupedCase) -> str | None:

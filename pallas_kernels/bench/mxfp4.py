@@ -14,20 +14,20 @@ from pallas_kernels.bench import grouped_matmul
 from pallas_kernels.bench.case import Bench, Choice
 from pallas_kernels.bench.grouped_matmul import Rows
 from pallas_kernels.bench.operands import mxfp4_weights_of
-from pallas_kernels.block_matmul.tilings import Problem
+from pallas_kernels.block_matmul.problem import Problem
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.cases import MXFP4_BENCH, GroupedCase
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.rows_sm90 import arranged
-from pallas_kernels.grouped_matmul.tiling import AHEAD, MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
+from pallas_kernels.grouped_matmul.tiling import AHEAD, MOST_APART, MOST_STAGES, STAGE_BLOCKS, Mxfp4Rows, mxfp4_reason
 from pallas_kernels.mosaic.scales import scale_bytes
 
 
 class Inputs(NamedTuple):
-    """Rows, and by rows of a block their codes and scales as the kernel takes them."""
+    """Rows, and their codes and scales as the kernel takes them: by rows of a block, and whether scales are folded."""
 
     made: Rows
-    arranged: dict[int, tuple[jax.Array, jax.Array]]
+    arranged: dict[tuple[int, bool], tuple[jax.Array, jax.Array]]
 
 
 def benches() -> Iterator[Bench]:
@@ -64,14 +64,24 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
     if found := tilings.mxfp4_tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows):
         yield found
     many = rows * case.weights > AHEAD
-    for warpgroups, parts, blocks in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS):
-        tried = (Mxfp4Rows(blocks, stages, warpgroups, parts) for stages in range(MOST_STAGES, 1, -1))
+    shared = (1, 2, 4) if grouped_matmul.few_tiles(case) else (1,)
+    folded = (True, False) if rows <= MOST_APART else (True,)
+    for cut in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS, shared, folded):
+        warpgroups, parts, blocks, shares, way = cut
+        if warpgroups % shares:
+            continue
+        buffers = range(MOST_STAGES, 1, -1)
+        tried = (Mxfp4Rows(blocks, stages, warpgroups, parts, shares, way) for stages in buffers)
         yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
 
 
 def inputs(case: GroupedCase, key: jax.Array) -> Inputs:
     made = grouped_matmul.inputs(case, key)
-    return Inputs(made, {rows: arranged(x.values, scale_bytes(x.scale), rows) for rows, x in made.x.items()})
+    ways = itertools.product(made.x.items(), (True, False))
+    return Inputs(
+        made,
+        {(rows, way): arranged(x.values, scale_bytes(x.scale), rows, way) for (rows, x), way in ways},
+    )
 
 
 def reference(case: GroupedCase, sets: tuple[Inputs, Any]) -> jax.Array:
@@ -85,4 +95,4 @@ def run(rows: int, tiling: Mxfp4Rows, sets: tuple[Inputs, Any]) -> jax.Array:
     how: dict[str, Any] = {"rows": rows, "out_dtype": jnp.bfloat16, "row_blocks": made.blocks[rows]}
     if len(weights) == 2:
         how |= {"factors": made.factors[rows], "epilogue": functools.partial(grouped_matmul.gated, True)}
-    return expert_rows(*of_blocks[rows], pairs, tiling, **how)
+    return expert_rows(*of_blocks[rows, tiling.folded], pairs, tiling, **how)

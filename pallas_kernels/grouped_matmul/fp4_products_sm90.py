@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS
+from pallas_kernels.mosaic import e2m1_apart
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 
 LINE = 256  # columns in the 128 bytes of a swizzled row of packed weights, at most
@@ -68,6 +69,11 @@ class Products(NamedTuple):
             for slab in self.slabs:
                 e2m1.store_tables_of_one(slab.tables, slab.scales.at[slot], group)
 
+    def store_scales(self, slot: Any) -> None:
+        """Of 512 columns, for `apart`."""
+        for slab in self.slabs:
+            e2m1_apart.store_scales(slab.tables, slab.scales.at[slot])
+
     def any_beyond(self, slot: Any) -> jax.Array:
         return e2m1.any_beyond([slab.scales.at[slot] for slab in self.slabs])
 
@@ -79,6 +85,30 @@ class Products(NamedTuple):
             lines[at] = e2m1.load_packed(self.slabs[at].packed.at[slot, :, columns])
         tables, scales = e2m1.load_tables(self.slabs[at].tables, first_block + b)
         return e2m1.look_up(lines[at], b % line, tables), scales
+
+    def apart(self, slot: Any, first_block: Any, sums: Sums) -> Sums:
+        """A product for every 32 columns; those of a block are issued before the last block's are added."""
+        line = min(self.blocks, LINE // BLOCK)
+        added, lines, before = list(sums), {}, None
+
+        def add(at: int, b: int, products: Any, left: int) -> None:
+            of_tokens = plgpu.load(self.x_scale.at[slot, b, pl.ds(0, self.rows)], layout=TOKENS)
+            of_groups = e2m1_apart.load_scales(self.slabs[at].tables, first_block + b)
+            for product, of_rows in zip(e2m1_apart.wait(products, left), of_groups, strict=True):
+                added[at] = added[at] + product * e2m1.scale_products(of_rows, of_tokens)
+
+        for at, b in self.order:
+            if b % line == 0:
+                columns = pl.ds(b * BLOCK // 2, line * BLOCK // 2)
+                lines[at] = e2m1.load_packed(self.slabs[at].packed.at[slot, :, columns])
+            codes = e2m1_apart.spread(lines[at], b % line)
+            products = e2m1_apart.start(codes, self.x.at[slot, :, pl.ds(b * BLOCK, BLOCK)])
+            if before is not None:
+                add(*before, left=1)
+            before = at, b, products
+        assert before is not None
+        add(*before, left=0)
+        return tuple(added)
 
     def operand(self, slot: Any, b: int) -> Any:
         return self.x.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T

@@ -22,7 +22,6 @@ from jax.typing import DTypeLike
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
-from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import quantized, registers
 
@@ -78,6 +77,7 @@ class Codes(NamedTuple):
     warpgroups: int
     parts: int
     form: QuantFormat
+    folded: bool  # whether scales are in the product that takes them
 
     @property
     def groups(self) -> int:
@@ -114,7 +114,7 @@ class Codes(NamedTuple):
             codes, scale = quantized(wide, self.form, layout)
             group = tile * self.groups + g
             here = pl.ds(block * self.rows + warpgroup * each, each)
-            e2m1.store_halves(codes_gmem.at[here, group], codes, layout)
+            rows_sm90.store_codes(codes_gmem.at[here, group], codes, layout, self.folded)
             store_narrow(scale_gmem, (block, group, tokens), rows_sm90.scale_words(scale, self.form))
 
     def finish(self) -> None:

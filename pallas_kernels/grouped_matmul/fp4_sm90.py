@@ -15,8 +15,9 @@ Rows are in blocks of one expert each, and several weights may share their input
   fill the registers.
 - Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
-Where there are few tiles, `shares` consumers have the same rows, and take stages by turns: one waits for itself for most
-of a stage, so that several read faster. The first adds the sums of the others, in their order, and finishes the tile.
+Where there are few tiles, teams of `shares` consumers have the same rows: one waits for itself most of the time, so
+that several read faster. Of several weights each has one; of one weight they take stages by turns. The first of a team
+gets the sums of the others, adds them in their order where they are of one weight, and finishes the tile.
 
 Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
 to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
@@ -50,7 +51,8 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
 from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
-from pallas_kernels.grouped_matmul.tiling import AHEAD, MOST_SHARED_ROWS, SCALED, Mxfp4Rows
+from pallas_kernels.grouped_matmul.tiling import AHEAD, SCALED, Mxfp4Rows
+from pallas_kernels.mosaic import e2m1_apart
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import sm_count
@@ -65,33 +67,40 @@ def expert_rows(
     rows: int,
     out_dtype: DTypeLike | QuantFormat,
     row_blocks: RowBlocks,
+    next_folded: bool = True,
     factors: jax.Array | None = None,
     epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
 ) -> Any:
     """y [M, N]: `epilogue` of the products of x [M, K] with every weight, for M / rows blocks of rows.
 
-    x, x_scale: of all blocks or of the one that they share, as rows_sm90 arranges them; a QuantFormat for out_dtype
-    asks for results in the same form. weights: pairs of packed codes uint8 [E, N, K/2], low nibble first, and UE8M0
-    scales uint8 [E, N, K/32]; row blocks that are not real are not written. factors float32 [M], or [M / rows] of whole
-    blocks: for the epilogue, which gets the float32 sums [64, rows] of each weight (tokens last) and the factors [rows]
-    of its tokens (None without). K is a multiple of 512, N of the rows of a tile, rows of 8.
+    x, x_scale: of all blocks or of the one that they share, as rows_sm90 arranges them for a `folded` tiling or not; a
+    QuantFormat for out_dtype asks for results in the same form, for a product that is `next_folded` or not. weights:
+    pairs of packed codes uint8 [E, N, K/2], low nibble first, and UE8M0 scales uint8 [E, N, K/32]; row blocks that are
+    not real are not written. factors float32 [M], or [M / rows] of whole blocks: for the epilogue, which gets the
+    float32 sums [64, rows] of each weight (tokens last) and the factors [rows] of its tokens (None without). K is a
+    multiple of 512, N of the rows of a tile, rows of 8.
     """
     k, n, m = x.shape[1], weights[0][0].shape[-2], rows * len(row_blocks.expert)
     stages, warpgroups, depth, parts = tiling.stages, tiling.warpgroups, tiling.blocks * BLOCK, tiling.parts
     shares, teams = tiling.shares, tiling.teams
     rows_each, count = tiling.rows, len(weights)
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
-    assert (rows % 8, n % rows_each, k % (SCALED * shares)) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
-    assert shares == 1 or rows <= MOST_SHARED_ROWS, f"sums of {rows} rows have no room where tables are"
+    assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
+    divided = shares > 1 and count > 1  # weights, and not stages
+    assert not divided or shares == count, f"{shares} consumers for {count} weights"
+    assert shares == 1 or divided or tiling.takes_turns(k), f"{shares} consumers, by turns, for {k} columns"
+    turns, own = (1, 1) if divided else (shares, count)  # stages that a team takes at once, and weights of a consumer
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
-    results = (Codes if isinstance(out_dtype, QuantFormat) else Plain)(m, n, rows, teams, parts, out_dtype)
+    of_tile = m, n, rows, teams, parts
+    unit = (e2m1 if tiling.folded else e2m1_apart).UNIT
+    as_codes = isinstance(out_dtype, QuantFormat)
+    results = Codes(*of_tile, out_dtype, next_folded) if as_codes else Plain(*of_tile, out_dtype)
     of_blocks = factors is not None and len(factors) < m
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
         x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
         filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
-        tables, exchanged = scratch["tables"] if shares > 1 else (scratch["tables"], None)
         team, share = lax.div(warpgroup, shares), lax.rem(warpgroup, shares)
         loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
@@ -119,12 +128,14 @@ def expert_rows(
 
         def slab_of(j: int, p: int) -> Slab:
             held = pl.ds((team * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
-            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables.at[warpgroup, j * parts + p])
+            weight = share if divided else j
+            tables = scratch["tables"].at[warpgroup, j * parts + p]
+            return Slab(w_smem.at[:, weight, held], w_scale_smem.at[:, weight, held], tables)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
             plgpu.set_max_registers(tiling.registers, action="increase")
-            slabs = [slab_of(j, p) for j in range(count) for p in range(parts)]
+            slabs = [slab_of(j, p) for j in range(own) for p in range(parts)]
             staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
             products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
 
@@ -132,27 +143,26 @@ def expert_rows(
                 plgpu.barrier_arrive(scratch["met"])
                 plgpu.barrier_wait(scratch["met"])
 
-            def added(sums, then):
-                """`then` of the sums of all shares, for the first."""
-                meet()  # all have read their tables, of which this is the memory
+            def of_team(sums, then):
+                """`then` with the sums of the whole team, for its first."""
 
                 @pl.when(share > 0)
                 def _send():
                     for at, total in enumerate(sums):
-                        exchanged[warpgroup, at] = total
+                        scratch["sent"][team, share - 1, at] = total
 
                 meet()
 
                 @pl.when(share == 0)
                 def _receive():
-                    total = list(sums)
-                    for other in range(1, shares):
-                        of_other = [exchanged.at[warpgroup + other, at] for at in range(len(sums))]
-                        found = (plgpu.load(x, layout=plgpu.Layout.WGMMA, optimized=False) for x in of_other)
-                        total = [a + b for a, b in zip(total, found, strict=True)]
-                    then(total)
+                    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
+                    whole = list(sums)
+                    for other in range(shares - 1):
+                        found = [load(scratch["sent"].at[team, other, at]) for at in range(len(sums))]
+                        whole = whole + found if divided else [a + b for a, b in zip(whole, found, strict=True)]
+                    then(whole)
 
-                meet()  # what was sent is read, and tables may be written there
+                meet()  # what was sent is read
 
             def finish(place, sums):
                 block, tile = place
@@ -162,18 +172,27 @@ def expert_rows(
                 elif factors_gmem is not None:
                     tokens = pl.ds(block * rows, rows)
                     of_rows = plgpu.load(factors_gmem.at[tokens], layout=TOKENS, optimized=False)
-                of_parts = [epilogue(*(total * e2m1.UNIT for total in sums[p::parts]), of_rows) for p in range(parts)]
+                of_parts = [epilogue(*(total * unit for total in sums[p::parts]), of_rows) for p in range(parts)]
                 results.write(of_parts, block, tile, team, outs, scratch)
+
+            def release(slot, *state):
+                plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                plgpu.barrier_arrive(free.at[slot])
+                return state
 
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 def step(i, state):
                     """beyond: whether scales of these 512 columns are too far apart for one pass."""
                     beyond, sums = state
-                    i = i * shares + share
+                    i = i if divided else i * shares + share
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
+                    if not tiling.folded:
+                        pl.when(inside == 0)(lambda: products.store_scales(slot))
+                        sums = products.apart(slot, inside * tiling.blocks, sums)
+                        return release(slot, beyond, sums)
                     beyond = lax.cond(inside == 0, lambda: products.any_beyond(slot), lambda: beyond)
 
                     def one_pass(group, sums):
@@ -183,36 +202,31 @@ def expert_rows(
                         return products.one_by_one(slot, inside * tiling.blocks, sums)
 
                     sums = lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
-                    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                    plgpu.barrier_arrive(free.at[slot])
-                    return beyond, sums
+                    return release(slot, beyond, sums)
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps // shares, step, (jnp.int32(0), (zero,) * len(slabs)))
+                _, sums = lax.fori_loop(0, steps // turns, step, (jnp.int32(0), (zero,) * len(slabs)))
                 if shares > 1:
-                    added(sums, functools.partial(finish, info.index))
+                    of_team(sums, functools.partial(finish, info.index))
                 else:
                     finish(info.index, sums)
                 return carry + steps
 
             results.finish()
 
-    of_slab = warpgroups, parts * count, WGMMA_ROWS
-    tables: Any = plgpu.SMEM((*of_slab, e2m1.TABLE_WORDS), jnp.int32)
-    if shares > 1:
-        tables = plgpu.RefUnion(tables, plgpu.SMEM((*of_slab, rows), jnp.float32))
     halves = plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line // 2)
     scratch_types: dict[str, Any] = {
         "x": plgpu.SMEM((stages, rows, depth), x.dtype, transforms=swizzled(1)),
         "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
         "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
         "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
-        "tables": tables,
+        "tables": plgpu.SMEM((warpgroups, parts * own, WGMMA_ROWS, tiling.table_words), jnp.int32),
         "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=teams, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=warpgroups // turns, num_barriers=stages),
         **results.scratch(),
     }
     if shares > 1:
+        scratch_types["sent"] = plgpu.SMEM((teams, shares - 1, parts * own, WGMMA_ROWS, rows), jnp.float32)
         scratch_types["met"] = plgpu.Barrier(num_arrivals=warpgroups)
     if is_interpreted():
         scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))

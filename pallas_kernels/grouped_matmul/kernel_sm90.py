@@ -71,8 +71,9 @@ def experts(
         # Where tiles have whole groups of channels, hidden rows are quantised by the kernel that they come from.
         at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0 and rows >= LEAST_AS_CODES
         form = activations if at_once else x.dtype
-        made = multiply(*quantise(x, gathered=True), (w1, w3), gate_up, form, epilogue=activate)
-        codes, scale = made if at_once else quantise(made, gathered=False)
+        rows_of_x = quantise(x, gathered=True, folded=gate_up.folded)
+        made = multiply(*rows_of_x, (w1, w3), gate_up, form, epilogue=activate, next_folded=down.folded)
+        codes, scale = made if at_once else quantise(made, gathered=False, folded=down.folded)
         out = multiply(codes, scale, (w2,), down, x.dtype)
     else:
         if len(x) == 1 and isinstance(gate_up, FewRows):
@@ -101,21 +102,23 @@ def _gathered(x: jax.Array, blocks: Blocks, form: QuantFormat) -> tuple[jax.Arra
 
 
 def _quantised(
-    x: jax.Array, blocks: Blocks, form: QuantFormat, rows: int, *, gathered: bool
+    x: jax.Array, blocks: Blocks, form: QuantFormat, rows: int, *, gathered: bool, folded: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The same for the MXFP4 kernel, of tokens [N, D] that are `gathered`, or of hidden rows [P, I]."""
     tokens = len(blocks.place)
     token = blocks.token[:rows] if gathered and tokens == 1 else blocks.token
-    return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered)
+    return quantized_rows(x, token, tokens, form, rows=rows, gathered=gathered, folded=folded)
 
 
-def _multiply(values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None) -> Any:
+def _multiply(
+    values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None, next_folded: bool = True
+) -> Any:
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}
     if epilogue is not None:
         how |= {"epilogue": epilogue, "factors": blocks.factors}
     if isinstance(tiling, Mxfp4Rows):
-        return expert_rows(values, scale, pairs, tiling, rows=rows, **how)
+        return expert_rows(values, scale, pairs, tiling, rows=rows, next_folded=next_folded, **how)
     if isinstance(tiling, FewRows):
         return few_rows(values, scale.T, pairs, tiling, rows=rows, **how)
     assert tiling.tile_m == rows, f"a block of {rows} rows is a tile of {tiling}"

@@ -23,7 +23,7 @@ from pallas_kernels.block_matmul.tilings import Problem, default_many_rows
 from pallas_kernels.formats import MXFP4, QuantFormat, format_name
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.gradient import OBSERVED, with_gradient
-from pallas_kernels.grouped_matmul.tiling import INVARIANT_BLOCKS, SCALED, default_mxfp4
+from pallas_kernels.grouped_matmul.tiling import SCALED, default_mxfp4
 from pallas_kernels.grouped_matmul.tilings import LayerTiling
 from pallas_kernels.products import static_scale, stored
 from pallas_kernels.quant.tensor import QuantTensor
@@ -166,7 +166,7 @@ def layer_tiling(
         return tilings.layer_tiling(tokens, top, experts, d, i, mxfp4=mxfp4, batch_invariant=batch_invariant)
     if mxfp4:
         part = functools.partial(Problem, tokens * top, experts=experts, rows=FLOAT32_MXFP4_ROWS)
-        how = {"itemsize": 4, "stage_blocks": (INVARIANT_BLOCKS,)}
+        how = {"itemsize": 4, "batch_invariant": True}
         gate_up, down = default_mxfp4(part(i, d, weights=2), **how), default_mxfp4(part(d, i), **how)
         return LayerTiling(FLOAT32_MXFP4_ROWS, gate_up, down) if gate_up and down else None
     part = functools.partial(Problem, tokens * top, experts=experts, rows=FLOAT32_ROWS)

@@ -10,9 +10,8 @@ from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, SHARED_BYTE
 from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, launch_registers
 
 SCALED = 512  # columns whose weight scales are the 16 bytes that a copy has at least
-TABLE_BYTES = 144  # of a consumer's shared memory for a row of every weight: its codes times scales, of SCALED columns
-MOST_SHARED_ROWS = 32  # of a block whose float32 sums have room there
 AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
+MOST_APART = 16  # rows of a block with a product for every 32 columns
 MOST_REGISTERS = 232  # that the compiler is allowed to use of what a consumer has
 # Rows of a block from which hidden ones leave their kernel as codes: for fewer, Mosaic of jax 0.12 finds no layouts.
 LEAST_AS_CODES = 64 if jax.__version_info__ >= (0, 12) else 8
@@ -26,7 +25,9 @@ MOST_STAGES, MOST_WARPGROUPS = 8, 4
 class Mxfp4Rows:
     """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each.
 
-    shares: consumers that have the same rows, and take their stages by turns.
+    shares: consumers that have the same rows: of several weights one each, of one weight they take stages by turns.
+    folded: scales into the codes (mosaic/e2m1_folded.py); else, of few rows, every 32 columns are a product of their
+    own (e2m1_apart.py).
     """
 
     blocks: int = 4
@@ -34,16 +35,15 @@ class Mxfp4Rows:
     warpgroups: int = 2
     parts: int = 1
     shares: int = 1
+    folded: bool = True
 
     def __post_init__(self) -> None:
         if self.blocks not in STAGE_BLOCKS:
             raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
         if self.warpgroups > MOST_WARPGROUPS:
             raise ValueError(f"{self}: at most {MOST_WARPGROUPS} consumers have registers enough")
-        if self.warpgroups % self.shares or self.stages % self.shares:
-            raise ValueError(f"{self}: consumers and stages are multiples of the shares")
-        if self.shares > 1 and self.blocks * BLOCK != SCALED:
-            raise ValueError(f"{self}: consumers that share K take stages of {SCALED // BLOCK} blocks")
+        if self.warpgroups % self.shares:
+            raise ValueError(f"{self}: {self.warpgroups} consumers are no teams of {self.shares}")
 
     @property
     def teams(self) -> int:
@@ -56,6 +56,18 @@ class Mxfp4Rows:
         return WGMMA_ROWS * self.teams * self.parts
 
     @property
+    def table_words(self) -> int:
+        """Of a consumer's shared memory for a row of a weight: codes times scales, of SCALED columns, or scales alone.
+
+        Rows start in different banks, and at 16 bytes.
+        """
+        return 36 if self.folded else 20
+
+    def takes_turns(self, k: int) -> bool:
+        """Whether a team can divide the stages of K: each its own buffers, and columns that have scales in common."""
+        return self.stages % self.shares == k % (SCALED * self.shares) == 0 and self.blocks * BLOCK == SCALED
+
+    @property
     def registers(self) -> int:
         """Of a consumer's thread: what the producer leaves."""
         there = launch_registers(self.warpgroups + 1) - PRODUCER_REGISTERS
@@ -65,10 +77,14 @@ class Mxfp4Rows:
 def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str | None:
     """Why fp4_sm90 cannot cut the problem so, with results of `itemsize` bytes; None if it can."""
     each = tiling.rows
-    if problem.n % each or problem.k % (SCALED * tiling.shares):
-        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED * tiling.shares}]"
-    if tiling.shares > 1 and problem.rows > MOST_SHARED_ROWS:
-        return f"blocks of {problem.rows} rows: at most {MOST_SHARED_ROWS} where consumers share K"
+    if problem.n % each or problem.k % SCALED:
+        return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED}]"
+    if not tiling.folded and problem.rows > MOST_APART:
+        return f"blocks of {problem.rows} rows: at most {MOST_APART} with a product for every 32 columns"
+    if tiling.shares > 1 and problem.weights > 1 and tiling.shares != problem.weights:
+        return f"{tiling.shares} consumers for {problem.weights} weights: one each"
+    if tiling.shares > 1 and problem.weights == 1 and not tiling.takes_turns(problem.k):
+        return f"stages by turns: {tiling.shares} consumers take {SCALED} columns each, of as many buffers"
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
         return f"blocks of {problem.rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
     if (shared := _shared_bytes(tiling, problem, itemsize)) > SHARED_BYTES:
@@ -76,20 +92,22 @@ def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str 
     return None
 
 
-def default_mxfp4(
-    problem: Problem, itemsize: int = 2, stage_blocks: tuple[int, ...] = STAGE_BLOCKS
-) -> Mxfp4Rows | None:
+def default_mxfp4(problem: Problem, itemsize: int = 2, batch_invariant: bool = False) -> Mxfp4Rows | None:
     """The longest stage of which two buffers fit, in as many as do, for two consumers if they divide the weights.
 
     Products of many rows leave registers for short stages only; of one weight they have two slabs, so that x is read
-    half as often. Of the fewest rows and one weight, four consumers look codes up (286 us for two's 313).
+    half as often. Of the fewest rows and one weight, four consumers look codes up (286 us for two's 313). Few rows have
+    a product for every 32 columns, but where their bits are to be those of many.
     """
     many, alone = problem.rows * problem.weights > AHEAD, problem.weights == 1
     first = [(2, 2)] if many and alone else [(4, 1)] if alone and problem.rows <= 8 else []
+    stage_blocks, folded = STAGE_BLOCKS, batch_invariant or problem.rows > MOST_APART
+    if batch_invariant:
+        stage_blocks = (INVARIANT_BLOCKS,)
     for warpgroups, parts in (*first, (2, 1), (1, 1)):
         for blocks in sorted(stage_blocks, reverse=not many):
             for stages in range(MOST_STAGES, 1, -1):
-                tiling = Mxfp4Rows(blocks, stages, warpgroups, parts)
+                tiling = Mxfp4Rows(blocks, stages, warpgroups, parts, folded=folded)
                 if mxfp4_reason(tiling, problem, itemsize) is None:
                     return tiling
     return None
@@ -100,5 +118,7 @@ def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
     of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
     written = problem.rows * WGMMA_ROWS * tiling.teams * itemsize
-    tables = each * tiling.shares * problem.weights * TABLE_BYTES
-    return tiling.stages * (of_weights + of_rows) + written + tables
+    turns = tiling.shares if problem.weights == 1 else 1
+    tables = each * turns * problem.weights * tiling.table_words * 4
+    sent = (tiling.shares - 1) * each * problem.rows * 4
+    return tiling.stages * (of_weights + of_rows) + written + tables + sent

@@ -12,7 +12,6 @@ from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import Problem, choose
 from pallas_kernels.grouped_matmul.tiling import (
     INVARIANT_BLOCKS,
-    STAGE_BLOCKS,
     Mxfp4Rows,
     default_mxfp4,
     mxfp4_reason,
@@ -71,14 +70,14 @@ def mxfp4_tiling(
 ) -> Mxfp4Rows | None:
     """`tiling` for MXFP4 weights: as measured nearby, or as much as fits; None where none does."""
     problem = Problem(m, n, k, weights, experts, rows)
-    stage_blocks = (INVARIANT_BLOCKS,) if batch_invariant else STAGE_BLOCKS
 
     def fits(found: Mxfp4Rows) -> bool:
-        in_one_order = not batch_invariant or found.shares == 1
-        return in_one_order and found.blocks in stage_blocks and mxfp4_reason(found, problem) is None
+        # What is added when goes by these; a team of two weights has each of them whole.
+        whole = found.folded and (found.shares == 1 or weights > 1) and found.blocks == INVARIANT_BLOCKS
+        return (whole or not batch_invariant) and mxfp4_reason(found, problem) is None
 
     entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4", ()), problem, fits)
-    return entry.tiling if entry else default_mxfp4(problem, stage_blocks=stage_blocks)
+    return entry.tiling if entry else default_mxfp4(problem, batch_invariant=batch_invariant)
 
 
 def block_rows(problem: Problem, options: tuple[int, ...]) -> int:

@@ -31,7 +31,7 @@ from pallas_kernels.mosaic.scales import scale_bits, scale_product
 
 __all__ = [
     "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
-    "load_tables", "look_up", "multiply", "scale_products", "store_folded_tables", "store_halves",
+    "load_scale_words", "load_tables", "look_up", "multiply", "scale_products", "store_folded_tables", "store_halves",
     "store_tables_of_one",
 ]  # fmt: skip
 UNIT = 2.0**-6  # a looked-up code is value / UNIT, where its group has the largest scale
@@ -61,7 +61,7 @@ def store_halves(codes_gmem: Any, codes: jax.Array, layout: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout))(registers.store_halves)(codes_gmem, codes)
 
 
-def _load_words(scale_smem: Any) -> jax.Array:
+def load_scale_words(scale_smem: Any) -> jax.Array:
     """int32 [64, 4] of UE8M0 scales uint8 [64, 16]: four of a row and block, the first in the lowest byte.
 
     Every thread has those of two rows and one block: what is made of scales is made once, and not by all four threads
@@ -75,7 +75,7 @@ def _load_words(scale_smem: Any) -> jax.Array:
 
 def any_beyond(scales_smem: Sequence[Any]) -> jax.Array:
     """int32 []: 1 if of UE8M0 scales uint8 [64, 16] those of a row and block are beyond 2^SPREAD apart, else 0."""
-    words = [_load_words(smem) for smem in scales_smem]
+    words = [load_scale_words(smem) for smem in scales_smem]
     spreads = [_over_groups(jnp.maximum, word) - _over_groups(jnp.minimum, word) for word in words]
     widest = functools.reduce(jnp.maximum, spreads)
     if is_interpreted():
@@ -90,7 +90,7 @@ def store_folded_tables(tables_smem: Any, scale_smem: Any) -> None:
     Right where no scale is beyond the SPREAD. tables_smem: int32 [64, TABLE_WORDS], of one warpgroup alone. scale_smem:
     UE8M0 uint8 [64, 16].
     """
-    word = _load_words(scale_smem)
+    word = load_scale_words(scale_smem)
     top = _over_groups(jnp.maximum, word)
     below = [_code(word, group) - top for group in range(GROUPS)]
     tables = [Table(*(first + d * one for first, one in zip(_TABLE, _EXPONENTS, strict=True))) for d in below]
@@ -105,7 +105,7 @@ def store_tables_of_one(tables_smem: Any, scale_smem: Any, group: jax.Array) -> 
         return plgpu.layout_cast(jnp.full((ROWS, BLOCKS), chosen, jnp.int32), registers.EACH_BLOCK)
 
     tables = [Table(*(of(other, values) for values in _TABLE)) for other in range(GROUPS)]
-    _store_tables(tables_smem, tables, scale_bits(_code(_load_words(scale_smem), group)))
+    _store_tables(tables_smem, tables, scale_bits(_code(load_scale_words(scale_smem), group)))
 
 
 def _store_tables(tables_smem: Any, tables: Sequence[Table], bits: jax.Array) -> None:

@@ -1,4 +1,4 @@
-"""The parts of e2m1_folded.py that Pallas has no words for, in Mosaic: words and bytes of registers, and a vote.
+"""The parts of e2m1_folded.py and e2m1_apart.py that Pallas has no words for, in Mosaic: registers, and a vote.
 
 A thread has of 64 rows two, 8 apart: of codes a word of every row and group, and of scales those of one block.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 BLOCK, GROUP = 128, 32  # columns that share a scale of the product, and of the weight
 GROUPS = BLOCK // GROUP
@@ -28,6 +28,7 @@ CODES = plgpu.Layout.WGMMA_8BIT
 EACH_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
 # Of what there is for every row and block: a warp has the same 16 rows as of an accumulator, a thread one block.
 EACH_BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), (-7,), (-3, -2), -1)
+_SWIZZLED = 1 << 30  # of the upper half of wgmma's descriptor of an operand: swizzled by 128 bytes
 WORD = 4  # bytes: eight packed codes, or four E4M3 ones, or the scales of a block
 # Of a word shifted left by 4 and the word itself, the bytes whose top bits are the signs of four codes.
 _SIGNS = 0x5140, 0x7362
@@ -78,6 +79,112 @@ def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -
             byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(inside, _constant(2)))
             one = vector.broadcast(_words(1), vector.extract(values, [], [i]))
             llvm.store(one, _address(codes_gmem, arith.addi(row, byte)), alignment=WORD)
+
+
+def store_evens(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
+    stride = ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
+    half, two = ir.IntegerType.get_signless(16), ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
+    starts = codes.layout.thread_idxs(codes.shape)
+    for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
+        words = ir.VectorType(register.type).shape[0] // WORD
+        values = vector.bitcast(_words(words), register)
+        row, first = _at((group, stride)), arith.index_cast(_word(), column)
+        for i in range(words):
+            # Columns 4w to 4w + 3 of a group of 32 become bytes 2w and 2w + 1 of its first half, and of its second.
+            word = arith.addi(arith.shrui(first, _constant(2)), _constant(i))
+            byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(_masked(word, 7), _constant(1)))
+            one = vector.extract(values, [], [i])
+            apart = _permuted(one, one, _constant(0x3120))  # the even ones in the lower half
+            for odd in range(2):
+                found = arith.trunci(half, arith.shrui(apart, _constant(16 * odd)))
+                place = arith.addi(row, arith.addi(byte, _constant(GROUP // 2 * odd)))
+                llvm.store(vector.broadcast(two, found), _address(codes_gmem, place), alignment=2)
+
+
+def spread(block: int, magnitude: int, sign: int, _ctx: Any, packed: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    one_word = _words(1)
+    magnitude, sign = (_constant(bits * 0x01010101) for bits in (magnitude, sign))
+    four_codes = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
+    words = packed.registers[:, block * GROUPS : (block + 1) * GROUPS]
+    codes = np.empty((1, 2 * GROUPS, *words.shape[2:]), dtype=object)
+    for (_, group, _, _, row, *_), word in np.ndenumerate(words):
+        value = vector.extract(vector.bitcast(one_word, word), [], [0])
+        evens = arith.shli(value, _constant(2)), arith.shli(value, _constant(4))
+        odds = arith.shrui(value, _constant(2)), value
+        for half, (magnitudes, signs) in enumerate((evens, odds)):
+            four = arith.ori(arith.andi(magnitudes, magnitude), arith.andi(signs, sign))
+            codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
+    return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
+
+
+def multiply_groups(_ctx: Any, codes: mgpu.FragmentedArray, other: ir.Value) -> tuple[mgpu.FragmentedArray, ...]:
+    """A wgmma for each 32 columns, into accumulators of its own, which ignore what they find."""
+    layout, real = fragmented_array.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
+    tiles, _, tile, _ = ir.MemRefType(other.type).shape
+    apart = ir.MemRefType(other.type).get_strides_and_offset()[0][0]  # bytes between eights of rows
+    n = tiles * tile
+    count = n // 2  # registers of a product
+    a_first, b_at = GROUPS * count, GROUPS * (count + 4)
+    lines = ["{ .reg .b64 b; .reg .b32 start; .reg .pred p;", "setp.ne.b32 p, 0, 0;", "wgmma.fence.sync.aligned;"]
+    for group in range(GROUPS):
+        sums, a = (
+            ", ".join(f"${first + i}" for i in range(size))
+            for first, size in ((group * count, count), (a_first + 4 * group, 4))
+        )
+        lines += [f"add.u32 start, ${b_at}, {group * GROUP // 16};", f"mov.b64 b, {{start, {_SWIZZLED | apart >> 4}}};"]
+        lines += [f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{{sums}}}, {{{a}}}, b, p, 1, 1;"]
+    lines += ["wgmma.commit_group.sync.aligned; }"]
+    held = [
+        vector.extract(vector.bitcast(_words(1), register), [], [0])
+        for group in range(GROUPS)
+        for register in codes[:, group * GROUP : (group + 1) * GROUP].registers.flat
+    ]
+    address = arith.trunci(_word(), llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(other)))
+    found = llvm.inline_asm(
+        llvm.StructType.get_literal([real] * (GROUPS * count)),
+        [*held, arith.shrui(address, _constant(4))],
+        "\n".join(lines),
+        ",".join(["=f"] * (GROUPS * count) + ["r"] * (4 * GROUPS + 1)),
+        has_side_effects=True,
+    )
+    products = []
+    for group in range(GROUPS):
+        registers = np.empty(layout.registers_shape((ROWS, n)), dtype=object)
+        for i, at in enumerate(np.ndindex(*registers.shape)):
+            value = llvm.extractvalue(real, found, [group * count + i])
+            registers[at] = vector.from_elements(ir.VectorType.get((1,), real), [value])
+        product = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        products.append(product.to_layout(fragmented_array.WGMMA_LAYOUT))
+    return tuple(products)
+
+
+def wait_for(left: int, _ctx: Any, *products: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
+    nvvm.wgmma_wait_group_sync_aligned(left)
+    return tuple(fragmented_array.optimization_barrier(*products))
+
+
+def store_scales(_ctx: Any, tables_smem: ir.Value, *bits: mgpu.FragmentedArray) -> None:
+    utils.warp_barrier()  # what was there has been read: rows of a warp are its own
+    stride, layout = _row_bytes(tables_smem), EACH_BLOCK.to_mgpu()
+    starts = layout.thread_idxs((ROWS, BLOCKS))
+    for at, (row, block) in zip(np.ndindex(*bits[0].registers.shape), starts, strict=True):
+        four = vector.from_elements(_words(4), [vector.extract(x.registers[at], [], [0]) for x in bits])
+        llvm.store(four, _address(tables_smem, _at((row, stride), (block, GROUPS * WORD))), alignment=16)
+    utils.warp_barrier()
+
+
+def load_scales(_ctx: Any, of_block: ir.Value) -> tuple[mgpu.FragmentedArray, ...]:
+    stride, layout = _row_bytes(of_block), EACH_ROW.to_mgpu()
+    found = np.empty((GROUPS, *layout.registers_shape((ROWS,))), dtype=object)
+    for at, (row,) in zip(np.ndindex(*found.shape[1:]), layout.thread_idxs((ROWS,)), strict=True):
+        loaded = llvm.load(_words(GROUPS), _address(of_block, _at((row, stride))), alignment=16)
+        for group in range(GROUPS):
+            found[group, *at] = vector.broadcast(_words(1), vector.extract(loaded, [], [group]))
+    return tuple(mgpu.FragmentedArray(_registers=x, _layout=layout, _is_signed=True) for x in found)
+
+
+def _row_bytes(words_smem: ir.Value) -> int:
+    return ir.MemRefType(words_smem.type).get_strides_and_offset()[0][0] * WORD
 
 
 def _masked(word: ir.Value, bits: int) -> ir.Value:

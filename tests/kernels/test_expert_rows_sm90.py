@@ -17,8 +17,8 @@ PLACED = np.array([2, 0, 5, 5, 5, 5, 5, 5, 1, 2, 4, 0, 5, 5, 5, 5], np.int32)  #
 
 @pytest.mark.parametrize("k", [512, 1024])
 @pytest.mark.parametrize("form", [FP8_GROUP, FLOAT_GROUP], ids=["ue8m0", "float32"])
-@pytest.mark.parametrize("gathered", [True, False])
-def test_rows_are_quantised_where_their_blocks_lie(k, form, gathered):
+@pytest.mark.parametrize(("gathered", "folded"), [(True, True), (False, True), (True, False)])
+def test_rows_are_quantised_where_their_blocks_lie(k, form, gathered, folded):
     """Bit for bit as `quantize` has them; a row of NaN stays alone, and padding that is NaN is not read."""
     rows, tokens = 8, 5
     rng = np.random.default_rng(k)
@@ -28,11 +28,12 @@ def test_rows_are_quantised_where_their_blocks_lie(k, form, gathered):
     x = source if gathered else np.where(real[:, None], source[np.minimum(PLACED, tokens - 1)], np.nan)
     with interpreted():
         codes, scale = quantized_rows(
-            jnp.asarray(x, jnp.bfloat16), jnp.asarray(PLACED), tokens, form, rows=rows, gathered=gathered
+            jnp.asarray(x, jnp.bfloat16), jnp.asarray(PLACED), tokens, form, rows=rows, gathered=gathered, folded=folded
         )
         codes, scale = np.asarray(codes), np.asarray(scale)
     want = quantize(jnp.asarray(source[np.minimum(PLACED, tokens - 1)], jnp.bfloat16), form)
-    want_codes, want_scale = (np.asarray(found) for found in arranged(want.values, scale_bytes(want.scale), rows))
+    want = arranged(want.values, scale_bytes(want.scale), rows, folded)
+    want_codes, want_scale = (np.asarray(found) for found in want)
     np.testing.assert_array_equal(codes[real].view(np.uint8), want_codes[real].view(np.uint8))
     for row in np.flatnonzero(real):
         of_row = row // rows, slice(None), row % rows

@@ -53,7 +53,7 @@ def of_one_expert(x, x_scale, w, w_scale, tiling, rows=None, out_dtype=jnp.float
     """y [M, N] of x [M, K] and one weight [N, K]."""
     rows = rows or len(x)
     how = {"rows": rows, "out_dtype": out_dtype, "row_blocks": row_blocks([0] * (len(x) // rows))}
-    return expert_rows(*arranged(x, x_scale.T, rows), [(w[None], w_scale[None])], tiling, **how)
+    return expert_rows(*arranged(x, x_scale.T, rows, tiling.folded), [(w[None], w_scale[None])], tiling, **how)
 
 
 def gated(gate, up, factor):
@@ -68,9 +68,10 @@ def gated(gate, up, factor):
         (16, 512, Mxfp4Rows(2, 3, 1), FAR),
         (72, 512, Mxfp4Rows(1, 3, 2), NEAR),
         (40, 512, Mxfp4Rows(2, 2, 1, parts=2), FAR),
-        # consumers that share K, tables and sums in the same memory
-        (8, 2048, Mxfp4Rows(4, 2, 2, shares=2), NEAR),
-        (16, 2048, Mxfp4Rows(4, 4, 4, shares=4), FAR),
+        (8, 1024, Mxfp4Rows(4, 1, 2, shares=2), NEAR),  # consumers with a weight each
+        (16, 512, Mxfp4Rows(2, 3, 4, shares=2), FAR),
+        (8, 1024, Mxfp4Rows(1, 3, 1, folded=False), FAR),  # 32 columns a product
+        (16, 1024, Mxfp4Rows(4, 1, 4, shares=2, folded=False), NEAR),
     ],
 )
 def test_two_weights_of_experts(rows, k, tiling, spread):
@@ -87,7 +88,7 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     values = jnp.where(padding[:, None], jnp.nan, x.values.astype(jnp.float32)).astype(x.values.dtype)
     with interpreted():
         y = expert_rows(
-            *arranged(values, scale_bytes(x.scale), rows), [stored(gate), stored(up)], tiling, rows=rows,
+            *arranged(values, scale_bytes(x.scale), rows, tiling.folded), [stored(gate), stored(up)], tiling, rows=rows,
             out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
         )  # fmt: skip
         y = np.asarray(y)
@@ -103,7 +104,7 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     [
         (8, Mxfp4Rows(4, 2, 2), FLOAT_GROUP),
         (16, Mxfp4Rows(2, 2, 1, parts=2), FP8_GROUP),
-        (8, Mxfp4Rows(4, 2, 4, shares=2), FP8_GROUP),
+        (8, Mxfp4Rows(4, 2, 4, shares=2, folded=False), FP8_GROUP),
     ],
 )
 def test_results_as_codes(rows, tiling, form):
@@ -113,16 +114,18 @@ def test_results_as_codes(rows, tiling, form):
     how = {"rows": rows, "row_blocks": row_blocks([2, 0]), "factors": jnp.asarray([0.5, -3.0])}
     how["epilogue"] = lambda sums, factors: sums * jax.lax.broadcast_in_dim(factors, sums.shape, (1,))
     with interpreted():
-        arguments = *arranged(x.values, scale_bytes(x.scale), rows), [stored(w)], tiling
+        arguments = *arranged(x.values, scale_bytes(x.scale), rows, tiling.folded), [stored(w)], tiling
         y = np.asarray(expert_rows(*arguments, out_dtype=jnp.bfloat16, **how))
-        codes, scale = (np.asarray(found) for found in expert_rows(*arguments, out_dtype=form, **how))
+        made = expert_rows(*arguments, out_dtype=form, next_folded=tiling.folded, **how)
+        codes, scale = (np.asarray(found) for found in made)
     want = quantize(jnp.asarray(y), form)
-    want_codes, want_scale = arranged(want.values, scale_bytes(want.scale), rows)
+    want_codes, want_scale = arranged(want.values, scale_bytes(want.scale), rows, tiling.folded)
     np.testing.assert_array_equal(codes.view(np.uint8), np.asarray(want_codes).view(np.uint8))
     np.testing.assert_array_equal(scale[..., :rows], want_scale[..., :rows])
 
 
-def test_every_code_and_scale_in_every_place():
+@pytest.mark.parametrize("folded", [True, False])
+def test_every_code_and_scale_in_every_place(folded):
     """Rows of x with a single one pick columns of w: bit for bit what dequantising gives."""
     packed = np.arange(64 * 256, dtype=np.uint32).reshape(64, 256) * 37 % 256
     codes = np.stack([np.roll(packed, i, 1) for i in range(64)])[np.arange(64), np.arange(64)].astype(np.uint8)
@@ -132,17 +135,23 @@ def test_every_code_and_scale_in_every_place():
     w = QuantTensor(jnp.asarray(codes), jax.lax.bitcast_convert_type(jnp.asarray(scales), jnp.float8_e8m0fnu), MXFP4)
     picks = np.stack([RANDOM.permutation(512)[:56] for _ in range(2)]).reshape(-1)
     picks[: 2 * e2m1.GROUP] = np.arange(2 * e2m1.GROUP)  # one whole K step, and the next
+    rows = len(picks) if folded else 16
     x = np.zeros((len(picks), 512), np.float32)
     x[np.arange(len(picks)), picks] = 1
     with interpreted():
         ones = jnp.full((4, len(picks)), 127, jnp.uint8)
-        y = of_one_expert(jnp.asarray(x, jnp.float8_e4m3fn), ones, *stored(w), Mxfp4Rows(4, 2, 1))
+        tiling = Mxfp4Rows(4, 2, 1, folded=folded)
+        y = of_one_expert(jnp.asarray(x, jnp.float8_e4m3fn), ones, *stored(w), tiling, rows)
         y = np.asarray(y)
     np.testing.assert_array_equal(y, np.asarray(dequantize(w))[:, picks].T)
 
 
-@pytest.mark.parametrize("apart", [2, 30])
-def test_scales_of_every_size(apart):
+@pytest.mark.parametrize(
+    ("apart", "tiling"),
+    [(2, Mxfp4Rows(4, 2, 1)), (30, Mxfp4Rows(4, 4, 4, shares=4)), (30, Mxfp4Rows(2, 2, 1, folded=False))],
+    ids=["near", "far, by turns", "far, apart"],
+)
+def test_scales_of_every_size(apart, tiling):
     """Groups whose two scales multiply to a moderate one, whatever each is: 2^-127 to 2^127 either way round."""
     m, n, k = 8, 64, 2048
     rng = np.random.default_rng(3)
@@ -157,15 +166,17 @@ def test_scales_of_every_size(apart):
     want = (products * np.exp2(exponents.astype(np.float64))).sum(-1)
     x_scale, w_scale = (jnp.asarray(codes, jnp.uint8) for codes in (of_block.T, of_group))
     with interpreted():
-        y = of_one_expert(jnp.asarray(x), x_scale, jnp.asarray(packed), w_scale, Mxfp4Rows(4, 2, 1))
+        y = of_one_expert(jnp.asarray(x), x_scale, jnp.asarray(packed), w_scale, tiling)
         y.block_until_ready()
     check(y, want, jnp.float32)
 
 
 @pytest.mark.parametrize(
-    ("form", "beside"), [(FP8_GROUP, 127), (FLOAT_GROUP, 127), (FP8_GROUP, 245)], ids=["far", "far, float32", "near"]
+    ("form", "beside", "folded"),
+    [(FP8_GROUP, 127, True), (FLOAT_GROUP, 127, True), (FP8_GROUP, 245, True), (FP8_GROUP, 127, False)],
+    ids=["far", "far, float32", "near", "apart"],
 )
-def test_nan_of_a_weight_scale(form, beside):
+def test_nan_of_a_weight_scale(form, beside, folded):
     """It reaches the results of its row of weights, of which a clamp makes no numbers; others are right.
 
     Scales beside it are 2^(beside - 127): the last ones are within what a table holds of the code 255.
@@ -178,7 +189,8 @@ def test_nan_of_a_weight_scale(form, beside):
     pair = w.values[None], scale.at[poisoned, 6].set(255)[None]
     how = {"out_dtype": jnp.float32, "row_blocks": row_blocks([0]), "epilogue": lambda sums, _: jnp.clip(sums, -9, 9)}
     with interpreted():
-        y = expert_rows(*arranged(x.values, scale_bytes(x.scale), 8), [pair], Mxfp4Rows(2, 2, 1), rows=8, **how)
+        tiling = Mxfp4Rows(2, 2, 1, folded=folded)
+        y = expert_rows(*arranged(x.values, scale_bytes(x.scale), 8, folded), [pair], tiling, rows=8, **how)
         y = np.asarray(y)
     w = dataclasses.replace(w, scale=jax.lax.bitcast_convert_type(scale, w.scale.dtype))
     want = np.clip(exact(x) @ exact(w).T, -9, 9)
@@ -269,7 +281,13 @@ def test_tilings():
     assert "shared memory" in mxfp4_reason(Mxfp4Rows(4, 8, 2), Problem(8, 128, 512, rows=8))
     assert default_mxfp4(Problem(112, 512, 512, rows=112)) == Mxfp4Rows(1, 4, 2, parts=2)
     assert default_mxfp4(Problem(112, 512, 512, 2, rows=112)) == Mxfp4Rows(1, 4, 2)
-    for wrong in ({"blocks": 3}, {"warpgroups": 5}):
+    team = Mxfp4Rows(4, 2, 2, shares=2)
+    assert mxfp4_reason(team, Problem(8, 64, 1024, rows=8)) is None
+    assert mxfp4_reason(team, Problem(8, 64, 512, 2, rows=8)) is None
+    assert "by turns" in mxfp4_reason(team, Problem(8, 64, 512, rows=8))
+    assert "by turns" in mxfp4_reason(dataclasses.replace(team, blocks=2), Problem(8, 64, 1024, rows=8))
+    assert "one each" in mxfp4_reason(Mxfp4Rows(4, 4, 4, shares=4), Problem(8, 64, 2048, 2, rows=8))
+    for wrong in ({"blocks": 3}, {"warpgroups": 5}, {"warpgroups": 3, "shares": 2}):
         with pytest.raises(ValueError, match="Mxfp4Rows"):
             Mxfp4Rows(**wrong)
 

@@ -15,9 +15,8 @@ Rows are in blocks of one expert each, and several weights may share their input
   fill the registers.
 - Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
-Where there are few tiles, teams of `shares` consumers have the same rows: one waits for itself most of the time, so
-that several read faster. Of several weights each has one; of one weight they take stages by turns. The first of a team
-gets the sums of the others, adds them in their order where they are of one weight, and finishes the tile.
+Where there are few tiles, teams of `shares` consumers have the same rows, and take stages by turns: one waits for
+itself most of the time. The first of a team adds the sums of the others, in their order, and finishes the tile.
 
 Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
 to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
@@ -86,10 +85,7 @@ def expert_rows(
     rows_each, count = tiling.rows, len(weights)
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
     assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
-    divided = shares > 1 and count > 1  # weights, and not stages
-    assert not divided or shares == count, f"{shares} consumers for {count} weights"
-    assert shares == 1 or divided or tiling.takes_turns(k), f"{shares} consumers, by turns, for {k} columns"
-    turns, own = (1, 1) if divided else (shares, count)  # stages that a team takes at once, and weights of a consumer
+    assert shares == 1 or tiling.takes_turns(k), f"{shares} consumers, by turns, for {k} columns"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
     of_tile = m, n, rows, teams, parts
     unit = (e2m1 if tiling.folded else e2m1_apart).UNIT
@@ -128,14 +124,13 @@ def expert_rows(
 
         def slab_of(j: int, p: int) -> Slab:
             held = pl.ds((team * parts + p) * WGMMA_ROWS, WGMMA_ROWS)
-            weight = share if divided else j
             tables = scratch["tables"].at[warpgroup, j * parts + p]
-            return Slab(w_smem.at[:, weight, held], w_scale_smem.at[:, weight, held], tables)
+            return Slab(w_smem.at[:, j, held], w_scale_smem.at[:, j, held], tables)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
             plgpu.set_max_registers(tiling.registers, action="increase")
-            slabs = [slab_of(j, p) for j in range(own) for p in range(parts)]
+            slabs = [slab_of(j, p) for j in range(count) for p in range(parts)]
             staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
             products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
 
@@ -159,7 +154,7 @@ def expert_rows(
                     whole = list(sums)
                     for other in range(shares - 1):
                         found = [load(scratch["sent"].at[team, other, at]) for at in range(len(sums))]
-                        whole = whole + found if divided else [a + b for a, b in zip(whole, found, strict=True)]
+                        whole = [a + b for a, b in zip(whole, found, strict=True)]
                     then(whole)
 
                 meet()  # what was sent is read
@@ -185,7 +180,7 @@ def expert_rows(
                 def step(i, state):
                     """beyond: whether scales of these 512 columns are too far apart for one pass."""
                     beyond, sums = state
-                    i = i if divided else i * shares + share
+                    i = i * shares + share
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
@@ -205,7 +200,7 @@ def expert_rows(
                     return release(slot, beyond, sums)
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps // turns, step, (jnp.int32(0), (zero,) * len(slabs)))
+                _, sums = lax.fori_loop(0, steps // shares, step, (jnp.int32(0), (zero,) * len(slabs)))
                 if shares > 1:
                     of_team(sums, functools.partial(finish, info.index))
                 else:
@@ -220,13 +215,13 @@ def expert_rows(
         "x_scale": plgpu.SMEM((stages, tiling.blocks, x_scale.shape[-1]), x_scale.dtype),
         "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
         "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // e2m1.GROUP), jnp.uint8),
-        "tables": plgpu.SMEM((warpgroups, parts * own, WGMMA_ROWS, tiling.table_words), jnp.int32),
+        "tables": plgpu.SMEM((warpgroups, parts * count, WGMMA_ROWS, tiling.table_words), jnp.int32),
         "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=warpgroups // turns, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=teams, num_barriers=stages),
         **results.scratch(),
     }
     if shares > 1:
-        scratch_types["sent"] = plgpu.SMEM((teams, shares - 1, parts * own, WGMMA_ROWS, rows), jnp.float32)
+        scratch_types["sent"] = plgpu.SMEM((teams, shares - 1, parts * count, WGMMA_ROWS, rows), jnp.float32)
         scratch_types["met"] = plgpu.Barrier(num_arrivals=warpgroups)
     if is_interpreted():
         scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))

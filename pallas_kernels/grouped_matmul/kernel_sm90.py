@@ -66,7 +66,7 @@ def experts(
 
     blocks = lay_out(routing, rows)
     multiply = functools.partial(_multiply, blocks=blocks, rows=rows)
-    if isinstance(gate_up, Mxfp4Rows):
+    if isinstance(gate_up, Mxfp4Rows) and isinstance(down, Mxfp4Rows):
         quantise = functools.partial(_quantised, blocks=blocks, form=activations, rows=rows)
         # Where tiles have whole groups of channels, hidden rows are quantised by the kernel that they come from.
         at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0 and rows >= LEAST_AS_CODES

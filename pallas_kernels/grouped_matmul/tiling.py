@@ -25,7 +25,7 @@ MOST_STAGES, MOST_WARPGROUPS = 8, 4
 class Mxfp4Rows:
     """Of fp4_sm90: K blocks a stage, buffers, and consumers of `parts` x 64 rows of every weight each.
 
-    shares: consumers that have the same rows: of several weights one each, of one weight they take stages by turns.
+    shares: consumers that have the same rows, and take their stages by turns.
     folded: scales into the codes (mosaic/e2m1_folded.py); else, of few rows, every 32 columns are a product of their
     own (e2m1_apart.py).
     """
@@ -81,9 +81,7 @@ def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str 
         return f"weights [{problem.n}, {problem.k}] are no multiples of [{each}, {SCALED}]"
     if not tiling.folded and problem.rows > MOST_APART:
         return f"blocks of {problem.rows} rows: at most {MOST_APART} with a product for every 32 columns"
-    if tiling.shares > 1 and problem.weights > 1 and tiling.shares != problem.weights:
-        return f"{tiling.shares} consumers for {problem.weights} weights: one each"
-    if tiling.shares > 1 and problem.weights == 1 and not tiling.takes_turns(problem.k):
+    if tiling.shares > 1 and not tiling.takes_turns(problem.k):
         return f"stages by turns: {tiling.shares} consumers take {SCALED} columns each, of as many buffers"
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
         return f"blocks of {problem.rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
@@ -118,7 +116,6 @@ def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
     of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
     written = problem.rows * WGMMA_ROWS * tiling.teams * itemsize
-    turns = tiling.shares if problem.weights == 1 else 1
-    tables = each * turns * problem.weights * tiling.table_words * 4
-    sent = (tiling.shares - 1) * each * problem.rows * 4
+    tables = each * tiling.shares * problem.weights * tiling.table_words * 4
+    sent = (tiling.shares - 1) * each * problem.weights * problem.rows * 4
     return tiling.stages * (of_weights + of_rows) + written + tables + sent

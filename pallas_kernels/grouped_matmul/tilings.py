@@ -72,9 +72,8 @@ def mxfp4_tiling(
     problem = Problem(m, n, k, weights, experts, rows)
 
     def fits(found: Mxfp4Rows) -> bool:
-        # What is added when goes by these; a team of two weights has each of them whole.
-        whole = found.folded and (found.shares == 1 or weights > 1) and found.blocks == INVARIANT_BLOCKS
-        return (whole or not batch_invariant) and mxfp4_reason(found, problem) is None
+        in_one_order = found.folded and found.shares == 1 and found.blocks == INVARIANT_BLOCKS
+        return (in_one_order or not batch_invariant) and mxfp4_reason(found, problem) is None
 
     entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4", ()), problem, fits)
     return entry.tiling if entry else default_mxfp4(problem, batch_invariant=batch_invariant)

@@ -103,7 +103,7 @@ def store_evens(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) ->
 
 def spread(block: int, magnitude: int, sign: int, _ctx: Any, packed: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
     one_word = _words(1)
-    magnitude, sign = (_constant(bits * 0x01010101) for bits in (magnitude, sign))
+    of_magnitude, of_sign = (_constant(bits * 0x01010101) for bits in (magnitude, sign))
     four_codes = ir.VectorType.get((4,), ir.Float8E4M3FNType.get())
     words = packed.registers[:, block * GROUPS : (block + 1) * GROUPS]
     codes = np.empty((1, 2 * GROUPS, *words.shape[2:]), dtype=object)
@@ -112,7 +112,7 @@ def spread(block: int, magnitude: int, sign: int, _ctx: Any, packed: mgpu.Fragme
         evens = arith.shli(value, _constant(2)), arith.shli(value, _constant(4))
         odds = arith.shrui(value, _constant(2)), value
         for half, (magnitudes, signs) in enumerate((evens, odds)):
-            four = arith.ori(arith.andi(magnitudes, magnitude), arith.andi(signs, sign))
+            four = arith.ori(arith.andi(magnitudes, of_magnitude), arith.andi(signs, of_sign))
             codes[0, 2 * group + half, 0, 0, row] = vector.bitcast(four_codes, vector.broadcast(one_word, four))
     return mgpu.FragmentedArray(_registers=codes, _layout=CODES.to_mgpu(), _is_signed=None)
 

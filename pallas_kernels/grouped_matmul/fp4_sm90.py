@@ -1,31 +1,35 @@
-"""Experts with MXFP4 weights on Hopper, for any number of rows: E2M1 codes become E4M3 with their scales folded in.
+"""Experts with MXFP4 weights on Hopper, for any number of rows: E2M1 codes become E4M3 on their way to the tensor core.
 
-y[m, n] = sum_b sx[m, b] s[n, b] (x[m, b] . c[n, b]) over blocks b of 128 columns, x and c E4M3, where s is the largest
-of the row's four scales in the block and c = w / s, exactly (mosaic/e2m1_folded.py): a product has one scale for every
-128 columns of K, as with FP8 weights, and not for every 32. Transposed: 64 weight rows are wgmma's M, tokens its N.
-Rows are in blocks of one expert each, and several weights may share their input. Persistent thread blocks take
-`warpgroups` x 64 rows of every weight. Tiles of one row block are neighbours: x is read from device memory once.
+y[m, n] = sum_g sx[m, g/4] s[n, g] (x[m, g] . w[n, g]) over groups g of 32 columns, in one of two ways (mosaic/):
+
+- apart (e2m1_apart.py), for few rows: codes are spread to E4M3 by moving their bits, and every 32 columns, one wgmma,
+  have an accumulator of their own, which is added times the scales of weight row and token;
+- folded (e2m1_folded.py): c = w / s, exactly, with s the largest of the row's four scales in a block of 128 columns, is
+  looked up in tables. A block is one accumulator: a quarter of the additions, which many rows need. Where the four
+  scales of some row are further apart than a table holds, 2^11, the warps of a consumer agree to take the stage in four
+  passes, each with one group of every row and zeros for the others: exact too, and slow.
+
+Transposed: 64 weight rows are wgmma's M, tokens its N. Rows are in blocks of one expert each, and several weights may
+share their input. Persistent thread blocks take `warpgroups` x 64 rows of every weight. Tiles of one row block are
+neighbours: x is read from device memory once.
 
 - The producer copies, a stage, `blocks` K blocks of packed weights, of x and of its scales, and the 16 bytes of a row's
   weight scales that are around them, running ahead across tiles.
-- Each consumer has `parts` slabs of 64 rows of every weight. It makes tables of their codes for 512 columns, in shared
-  memory. It looks up the codes of one K block of one slab at a time, into the registers that wgmma reads its first
-  operand from, and adds products, times the scales of row and token, to float32 sums in the order of K
-  (fp4_products_sm90.py). Of few rows, codes are looked up while the product before runs. Of many, sums and one product
-  fill the registers.
+- Each consumer has `parts` slabs of 64 rows of every weight. For 512 columns it makes its scales, or tables, in shared
+  memory. It spreads or looks up the codes of one K block of one slab at a time, into the registers that wgmma reads its
+  first operand from, and adds products to float32 sums in the order of K (fp4_products_sm90.py). Of few rows, this
+  goes on while the product before runs. Of many, sums and one product fill the registers.
 - Results leave as rows, or as what the next product takes: codes and their scales (fp4_results_sm90.py).
 
 Where there are few tiles, teams of `shares` consumers have the same rows, and take stages by turns: one waits for
-itself most of the time. The first of a team adds the sums of the others, in their order, and finishes the tile.
-
-Where the four scales of some row and block are further apart than a table holds, 2^11, the warps of a consumer agree
-to take the stage in four passes, each with one group of every row and zeros for the others: exact too, and slow. A
-token's sum is the same whatever other tokens are present, and however many of them a block has.
+itself most of the time. The first of a team adds the sums of the others, in their order, and finishes the tile. A
+token's sum goes by the tiling, not by what other tokens are present or how many of them a block has.
 
 Bound: (N K (1/2 + 1/32) + M K + 2 M N) bytes / 3.35 TB/s, or 2 M N K / 1979 TFLOP/s. Few rows run at the speed of
-memory once every multiprocessor has tiles: gate and up of 256 experts of 3 rows 570 us on an H200, down 289, 4.0 TB/s.
-Many do not: of 112 rows, a consumer's warp issues 275 instructions for a product of 64 x 112 x 128, 72 of them integer
-ones at half rate to look codes up and 112 to add. Two such warps share a scheduler, and each mostly waits for itself.
+memory once every multiprocessor has tiles: gate and up of 256 experts of 3 rows 541 us on an H200, down 277, 4.2 TB/s
+(folded 575 and 288). Many do not: of 112 rows, a consumer's warp issues 275 instructions for a product of 64 x 112 x
+128, 72 of them integer ones at half rate to look codes up and 112 to add. Two such warps share a scheduler, and each
+mostly waits for itself.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

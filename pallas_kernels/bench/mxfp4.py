@@ -65,8 +65,7 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
         yield found
     many = rows * case.weights > AHEAD
     shared = (1, 2, 4) if grouped_matmul.few_tiles(case) else (1,)
-    folded = (True, False) if rows <= MOST_APART else (True,)
-    for cut in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS, shared, folded):
+    for cut in itertools.product((1, 2, 4), (1, 2) if many else (1,), STAGE_BLOCKS, shared, _ways(rows)):
         warpgroups, parts, blocks, shares, way = cut
         if warpgroups % shares:
             continue
@@ -75,13 +74,19 @@ def _tilings(case: GroupedCase, rows: int) -> Iterator[Mxfp4Rows]:
         yield from [tiling for tiling in tried if mxfp4_reason(tiling, problem) is None][:1]
 
 
+def _ways(rows: int) -> tuple[bool, ...]:
+    """Whether scales are folded: as it can be for blocks of so many rows."""
+    return (True, False) if rows <= MOST_APART else (True,)
+
+
 def inputs(case: GroupedCase, key: jax.Array) -> Inputs:
     made = grouped_matmul.inputs(case, key)
-    ways = itertools.product(made.x.items(), (True, False))
-    return Inputs(
-        made,
-        {(rows, way): arranged(x.values, scale_bytes(x.scale), rows, way) for (rows, x), way in ways},
-    )
+    ways = [(rows, way) for rows in made.x for way in _ways(rows)]
+
+    def arrange(rows: int, way: bool) -> tuple[jax.Array, jax.Array]:
+        return arranged(made.x[rows].values, scale_bytes(made.x[rows].scale), rows, folded=way)
+
+    return Inputs(made, {way: arrange(*way) for way in ways})
 
 
 def reference(case: GroupedCase, sets: tuple[Inputs, Any]) -> jax.Array:

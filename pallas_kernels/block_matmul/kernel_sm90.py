@@ -206,7 +206,7 @@ def many_rows(
                         if tiling.in_turn:
                             plgpu.barrier_arrive(scratch["turn"].at[1 - warpgroup])
                         for n_started, (at, product) in enumerate(zip(group, started, strict=True)):
-                            product = fresh_wgmma.wait(product, len(group) - 1 - n_started)
+                            (product,) = fresh_wgmma.wait([product], len(group) - 1 - n_started)
                             add(product, *at)
                         if first == 0 and early_wait:
                             # Among additions, which hide what a look at a barrier takes; and between two products:
@@ -218,7 +218,6 @@ def many_rows(
                     words, sums = state
                     each = BYTES // blocks  # iterations
                     following = scales.words(group + 1)
-
                     least = words.least()
 
                     def of_blocks(i, sums):

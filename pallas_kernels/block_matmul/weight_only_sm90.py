@@ -37,7 +37,7 @@ from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, p
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.scales import NAN_BITS, NAN_CODE
+from pallas_kernels.mosaic.scales import LEAST_BITS, NAN_BITS, NAN_CODE
 
 CODES = plgpu.Layout.WGMMA_UPCAST_2X  # of 8-bit operands that become 16-bit ones
 SUMS = plgpu.Layout.WGMMA
@@ -216,7 +216,7 @@ def matmul(
 def _power(code: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """bfloat16 [*shape] of one UE8M0 code: its exponent, but for 2^-127, which is subnormal, and NaN."""
     code = code.astype(jnp.int32)
-    least = jnp.where(code == NAN_CODE, NAN_BITS >> 16, 1 << 6)
+    least = jnp.where(code == NAN_CODE, NAN_BITS >> 16, LEAST_BITS >> 16)
     bits = lax.broadcast_in_dim(jnp.maximum(code << 7, least), shape, [])
     return lax.bitcast_convert_type(plgpu.layout_cast(bits, SUMS).astype(jnp.uint16), jnp.bfloat16)
 

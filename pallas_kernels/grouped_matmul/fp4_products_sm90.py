@@ -1,7 +1,7 @@
-"""The products of one consumer of fp4_sm90: codes looked up into registers, multiplied, and added to its sums.
+"""The products of one consumer of fp4_sm90: codes made E4M3 in registers, multiplied, and added to its sums.
 
 A consumer has `parts` slabs of 64 rows of every weight, and float32 sums [64, rows] of each. A stage brings `blocks` K
-blocks, so that a stage is slabs x blocks products of 64 x `rows` x 128.
+blocks, so that a stage is slabs x blocks products of 64 x `rows` x 128, or four times as many of 32 columns.
 """
 
 # Pallas looks abstract where it is not: the checker cannot follow.
@@ -16,10 +16,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS
-from pallas_kernels.mosaic import e2m1_apart
+from pallas_kernels.grouped_matmul.tiling import AHEAD
+from pallas_kernels.mosaic import e2m1_apart, fresh_wgmma
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 
 LINE = 256  # columns in the 128 bytes of a swizzled row of packed weights, at most
@@ -56,59 +58,71 @@ class Products(NamedTuple):
             for b in range(first, first + line)
         ]
 
-    def make_tables(self, slot: Any, group: Any, beyond: Any, fresh: Any) -> None:
-        """Of 512 columns: of all groups where they are `fresh`, or where scales are too far apart of one group."""
+    def folded(self, slot: Any, inside: Any, beyond: Any, sums: Sums) -> tuple[Any, Sums]:
+        """A stage with tables, `inside` of the columns whose scales are there.
 
-        @pl.when(fresh & (beyond == 0))
-        def _folded():
-            for slab in self.slabs:
-                e2m1.store_folded_tables(slab.tables, slab.scales.at[slot])
+        beyond: whether scales of these columns are too far apart for one pass, found where inside is 0.
+        """
+        slabs, first_block = self.slabs, inside * self.blocks
+        beyond = lax.cond(
+            inside == 0, lambda: e2m1.any_beyond([slab.scales.at[slot] for slab in slabs]), lambda: beyond
+        )
 
-        @pl.when(beyond != 0)
-        def _of_one():
-            for slab in self.slabs:
-                e2m1.store_tables_of_one(slab.tables, slab.scales.at[slot], group)
+        def one_pass(group, sums):
+            @pl.when((inside == 0) & (beyond == 0))
+            def _folded():
+                for slab in slabs:
+                    e2m1.store_folded_tables(slab.tables, slab.scales.at[slot])
 
-    def store_scales(self, slot: Any) -> None:
-        """Of 512 columns, for `apart`."""
-        for slab in self.slabs:
-            e2m1_apart.store_scales(slab.tables, slab.scales.at[slot])
+            @pl.when(beyond != 0)
+            def _of_one():
+                for slab in slabs:
+                    e2m1.store_tables_of_one(slab.tables, slab.scales.at[slot], group)
 
-    def any_beyond(self, slot: Any) -> jax.Array:
-        return e2m1.any_beyond([slab.scales.at[slot] for slab in self.slabs])
+            multiply = self.ahead if self.rows * len(slabs) <= AHEAD else self.one_by_one
+            return multiply(slot, first_block, sums)
+
+        return beyond, lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
 
     def look_up(self, slot: Any, first_block: Any, at: int, b: int, lines: dict[int, Any]) -> tuple[Any, Any]:
-        """Codes of K block b of a slab, and the scales of its rows; `lines` keeps packed ones of neighbours."""
+        """Codes of K block b of a slab, and the scales of its rows."""
+        tables, scales = e2m1.load_tables(self.slabs[at].tables, first_block + b)
+        return e2m1.look_up(*self.packed(slot, at, b, lines), tables), scales
+
+    def packed(self, slot: Any, at: int, b: int, lines: dict[int, Any]) -> tuple[Any, int]:
+        """The line that has K block b of a slab, and its place there; `lines` keeps them for neighbours."""
         line = min(self.blocks, LINE // BLOCK)
         if b % line == 0:
             columns = pl.ds(b * BLOCK // 2, line * BLOCK // 2)
             lines[at] = e2m1.load_packed(self.slabs[at].packed.at[slot, :, columns])
-        tables, scales = e2m1.load_tables(self.slabs[at].tables, first_block + b)
-        return e2m1.look_up(lines[at], b % line, tables), scales
+        return lines[at], b % line
 
-    def apart(self, slot: Any, first_block: Any, sums: Sums) -> Sums:
-        """A product for every 32 columns; those of a block are issued before the last block's are added."""
-        line = min(self.blocks, LINE // BLOCK)
+    def apart(self, slot: Any, inside: Any, beyond: Any, sums: Sums) -> tuple[Any, Sums]:
+        """The same, a product for every 32 columns; those of a block are issued before the last block's are added."""
+
+        @pl.when(inside == 0)
+        def _scales():
+            for slab in self.slabs:
+                e2m1_apart.store_scales(slab.tables, slab.scales.at[slot])
+
+        first_block = inside * self.blocks
         added, lines, before = list(sums), {}, None
 
         def add(at: int, b: int, products: Any, left: int) -> None:
             of_tokens = plgpu.load(self.x_scale.at[slot, b, pl.ds(0, self.rows)], layout=TOKENS)
             of_groups = e2m1_apart.load_scales(self.slabs[at].tables, first_block + b)
-            for product, of_rows in zip(e2m1_apart.wait(products, left), of_groups, strict=True):
+            for product, of_rows in zip(fresh_wgmma.wait(products, left), of_groups, strict=True):
                 added[at] = added[at] + product * e2m1.scale_products(of_rows, of_tokens)
 
         for at, b in self.order:
-            if b % line == 0:
-                columns = pl.ds(b * BLOCK // 2, line * BLOCK // 2)
-                lines[at] = e2m1.load_packed(self.slabs[at].packed.at[slot, :, columns])
-            codes = e2m1_apart.spread(lines[at], b % line)
+            codes = e2m1_apart.spread(*self.packed(slot, at, b, lines))
             products = e2m1_apart.start(codes, self.x.at[slot, :, pl.ds(b * BLOCK, BLOCK)])
             if before is not None:
                 add(*before, left=1)
             before = at, b, products
         assert before is not None
         add(*before, left=0)
-        return tuple(added)
+        return beyond, tuple(added)
 
     def operand(self, slot: Any, b: int) -> Any:
         return self.x.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T

@@ -54,7 +54,7 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
 from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
-from pallas_kernels.grouped_matmul.tiling import AHEAD, SCALED, Mxfp4Rows
+from pallas_kernels.grouped_matmul.tiling import MOST_APART, SCALED, Mxfp4Rows
 from pallas_kernels.mosaic import e2m1_apart
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
@@ -70,7 +70,7 @@ def expert_rows(
     rows: int,
     out_dtype: DTypeLike | QuantFormat,
     row_blocks: RowBlocks,
-    next_folded: bool = True,
+    next_folded: bool | None = None,
     factors: jax.Array | None = None,
     epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
 ) -> Any:
@@ -90,10 +90,12 @@ def expert_rows(
     tiles, steps, line = n // rows_each, k // depth, min(depth, LINE)
     assert (rows % 8, n % rows_each, k % SCALED) == (0, 0, 0), f"{(m, rows, n, k)} in tiles of {tiling}"
     assert shares == 1 or tiling.takes_turns(k), f"{shares} consumers, by turns, for {k} columns"
+    assert tiling.folded or rows <= MOST_APART, f"blocks of {rows} rows, every 32 columns apart"
     assert len(x) in (m, rows) and x_scale.shape == rows_sm90.scales_shape(len(x), rows, k), f"x {x.shape} of {m} rows"
     of_tile = m, n, rows, teams, parts
     unit = (e2m1 if tiling.folded else e2m1_apart).UNIT
-    as_codes = isinstance(out_dtype, QuantFormat)
+    assert isinstance(out_dtype, QuantFormat) == (next_folded is not None), "codes have an order, and rows have none"
+    as_codes = next_folded is not None
     results = Codes(*of_tile, out_dtype, next_folded) if as_codes else Plain(*of_tile, out_dtype)
     of_blocks = factors is not None and len(factors) < m
 
@@ -138,30 +140,30 @@ def expert_rows(
             staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
             products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
 
-            def meet():
-                plgpu.barrier_arrive(scratch["met"])
-                plgpu.barrier_wait(scratch["met"])
-
             def of_team(sums, then):
                 """`then` with the sums of the whole team, for its first."""
+
+                def meet():
+                    plgpu.barrier_arrive(scratch["met"].at[team])
+                    plgpu.barrier_wait(scratch["met"].at[team])
 
                 @pl.when(share > 0)
                 def _send():
                     for at, total in enumerate(sums):
                         scratch["sent"][team, share - 1, at] = total
-
-                meet()
+                    meet()
+                    meet()  # what was sent is read
 
                 @pl.when(share == 0)
                 def _receive():
+                    meet()
                     load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
                     whole = list(sums)
                     for other in range(shares - 1):
                         found = [load(scratch["sent"].at[team, other, at]) for at in range(len(sums))]
                         whole = [a + b for a, b in zip(whole, found, strict=True)]
+                    meet()
                     then(whole)
-
-                meet()  # what was sent is read
 
             def finish(place, sums):
                 block, tile = place
@@ -174,34 +176,17 @@ def expert_rows(
                 of_parts = [epilogue(*(total * unit for total in sums[p::parts]), of_rows) for p in range(parts)]
                 results.write(of_parts, block, tile, team, outs, scratch)
 
-            def release(slot, *state):
-                plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
-                plgpu.barrier_arrive(free.at[slot])
-                return state
-
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 def step(i, state):
-                    """beyond: whether scales of these 512 columns are too far apart for one pass."""
-                    beyond, sums = state
                     i = i * shares + share
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
-                    if not tiling.folded:
-                        pl.when(inside == 0)(lambda: products.store_scales(slot))
-                        sums = products.apart(slot, inside * tiling.blocks, sums)
-                        return release(slot, beyond, sums)
-                    beyond = lax.cond(inside == 0, lambda: products.any_beyond(slot), lambda: beyond)
-
-                    def one_pass(group, sums):
-                        products.make_tables(slot, group, beyond, inside == 0)
-                        if rows * len(slabs) <= AHEAD:
-                            return products.ahead(slot, inside * tiling.blocks, sums)
-                        return products.one_by_one(slot, inside * tiling.blocks, sums)
-
-                    sums = lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
-                    return release(slot, beyond, sums)
+                    state = (products.folded if tiling.folded else products.apart)(slot, inside, *state)
+                    plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
+                    plgpu.barrier_arrive(free.at[slot])
+                    return state
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
                 _, sums = lax.fori_loop(0, steps // shares, step, (jnp.int32(0), (zero,) * len(slabs)))
@@ -226,7 +211,7 @@ def expert_rows(
     }
     if shares > 1:
         scratch_types["sent"] = plgpu.SMEM((teams, shares - 1, parts * count, WGMMA_ROWS, rows), jnp.float32)
-        scratch_types["met"] = plgpu.Barrier(num_arrivals=warpgroups)
+        scratch_types["met"] = plgpu.Barrier(num_arrivals=shares, num_barriers=teams)
     if is_interpreted():
         scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
     outs = plgpu.kernel(

@@ -72,7 +72,8 @@ def experts(
         at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0 and rows >= LEAST_AS_CODES
         form = activations if at_once else x.dtype
         rows_of_x = quantise(x, gathered=True, folded=gate_up.folded)
-        made = multiply(*rows_of_x, (w1, w3), gate_up, form, epilogue=activate, next_folded=down.folded)
+        how = {"epilogue": activate, "next_folded": down.folded if at_once else None}
+        made = multiply(*rows_of_x, (w1, w3), gate_up, form, **how)
         codes, scale = made if at_once else quantise(made, gathered=False, folded=down.folded)
         out = multiply(codes, scale, (w2,), down, x.dtype)
     else:
@@ -111,7 +112,16 @@ def _quantised(
 
 
 def _multiply(
-    values, scale, weights, tiling, out_dtype, *, blocks: Blocks, rows: int, epilogue=None, next_folded: bool = True
+    values,
+    scale,
+    weights,
+    tiling,
+    out_dtype,
+    *,
+    blocks: Blocks,
+    rows: int,
+    epilogue=None,
+    next_folded: bool | None = None,
 ) -> Any:
     pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
     how = {"out_dtype": out_dtype, "row_blocks": blocks.row_blocks}

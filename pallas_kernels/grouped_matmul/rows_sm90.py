@@ -37,7 +37,7 @@ SCALES_APART = 32  # of a block and K block: a copy starts at 128 bytes whicheve
 
 
 def quantized_rows(
-    x: jax.Array, token: jax.Array, tokens: int, form: QuantFormat, *, rows: int, gathered: bool, folded: bool = True
+    x: jax.Array, token: jax.Array, tokens: int, form: QuantFormat, *, rows: int, gathered: bool, folded: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Codes [P, K] and scales [P/rows, K/128, rows up to whole 32] for `expert_rows`, of blocks of `rows` rows.
 
@@ -86,7 +86,7 @@ def store_codes(codes_gmem: Any, codes: jax.Array, layout: Any, folded: bool) ->
     (e2m1.store_halves if folded else e2m1_apart.store_evens)(codes_gmem, codes, layout)
 
 
-def arranged(x: jax.Array, x_scale: jax.Array, rows: int, folded: bool = True) -> tuple[jax.Array, jax.Array]:
+def arranged(x: jax.Array, x_scale: jax.Array, rows: int, *, folded: bool) -> tuple[jax.Array, jax.Array]:
     """The same in jnp of codes x [M, K] and their scales [M, K/128], uint8 (UE8M0) or float32, without padding."""
     m, k = x.shape
     if x_scale.dtype == jnp.uint8:

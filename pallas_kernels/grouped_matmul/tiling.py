@@ -9,6 +9,7 @@ import jax
 from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, SHARED_BYTES, WGMMA_ROWS, Problem
 from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, launch_registers
 
+GROUP = 32  # columns of a weight scale
 SCALED = 512  # columns whose weight scales are the 16 bytes that a copy has at least
 AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 MOST_APART = 16  # rows of a block with a product for every 32 columns
@@ -42,7 +43,7 @@ class Mxfp4Rows:
             raise ValueError(f"{self}: a stage is one of {STAGE_BLOCKS} blocks of {BLOCK} columns")
         if self.warpgroups > MOST_WARPGROUPS:
             raise ValueError(f"{self}: at most {MOST_WARPGROUPS} consumers have registers enough")
-        if self.warpgroups % self.shares:
+        if self.shares < 1 or self.warpgroups % self.shares:
             raise ValueError(f"{self}: {self.warpgroups} consumers are no teams of {self.shares}")
 
     @property
@@ -59,9 +60,18 @@ class Mxfp4Rows:
     def table_words(self) -> int:
         """Of a consumer's shared memory for a row of a weight: codes times scales, of SCALED columns, or scales alone.
 
-        Rows start in different banks, and at 16 bytes.
+        Rows start at 16 bytes, and eight of them in different banks.
         """
-        return 36 if self.folded else 20
+        groups, blocks = SCALED // GROUP, SCALED // BLOCK
+        return 2 * groups + blocks if self.folded else groups + 4
+
+    @property
+    def in_one_order(self) -> bool:
+        """Whether what is added when, in four passes too, is the same for blocks of any number of rows.
+
+        A consumer takes four passes for all of its slabs if one of them has to.
+        """
+        return self.folded and (self.shares, self.parts, self.blocks) == (1, 1, INVARIANT_BLOCKS)
 
     def takes_turns(self, k: int) -> bool:
         """Whether a team can divide the stages of K: each its own buffers, and columns that have scales in common."""
@@ -82,7 +92,10 @@ def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str 
     if not tiling.folded and problem.rows > MOST_APART:
         return f"blocks of {problem.rows} rows: at most {MOST_APART} with a product for every 32 columns"
     if tiling.shares > 1 and not tiling.takes_turns(problem.k):
-        return f"stages by turns: {tiling.shares} consumers take {SCALED} columns each, of as many buffers"
+        return (
+            f"{tiling.shares} consumers by turns: stages of {SCALED} columns (here {tiling.blocks * BLOCK}), a multiple "
+            f"of {SCALED * tiling.shares} columns in all ({problem.k}) and of {tiling.shares} buffers ({tiling.stages})"
+        )
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
         return f"blocks of {problem.rows} rows: a multiple of 8, at most {MOST_COLUMNS}"
     if (shared := _shared_bytes(tiling, problem, itemsize)) > SHARED_BYTES:
@@ -94,11 +107,12 @@ def default_mxfp4(problem: Problem, itemsize: int = 2, batch_invariant: bool = F
     """The longest stage of which two buffers fit, in as many as do, for two consumers if they divide the weights.
 
     Products of many rows leave registers for short stages only; of one weight they have two slabs, so that x is read
-    half as often. Of the fewest rows and one weight, four consumers look codes up (286 us for two's 313). Few rows have
-    a product for every 32 columns, but where their bits are to be those of many.
+    half as often. Of the fewest rows and one weight, there are four consumers (276 us for two's 280, and 286 for 313
+    where they look codes up). Few rows have a product for every 32 columns, but where their bits are to be those of
+    many.
     """
     many, alone = problem.rows * problem.weights > AHEAD, problem.weights == 1
-    first = [(2, 2)] if many and alone else [(4, 1)] if alone and problem.rows <= 8 else []
+    first = [(2, 2)] if many and alone and not batch_invariant else [(4, 1)] if alone and problem.rows <= 8 else []
     stage_blocks, folded = STAGE_BLOCKS, batch_invariant or problem.rows > MOST_APART
     if batch_invariant:
         stage_blocks = (INVARIANT_BLOCKS,)
@@ -113,7 +127,7 @@ def default_mxfp4(problem: Problem, itemsize: int = 2, batch_invariant: bool = F
 
 def _shared_bytes(tiling: Mxfp4Rows, problem: Problem, itemsize: int) -> int:
     each, depth = tiling.rows, tiling.blocks * BLOCK
-    of_weights = each * problem.weights * (depth // 2 + SCALED // 32)
+    of_weights = each * problem.weights * (depth // 2 + SCALED // GROUP)
     of_rows = problem.rows * depth + tiling.blocks * (problem.rows + -problem.rows % 32) * 4
     written = problem.rows * WGMMA_ROWS * tiling.teams * itemsize
     tables = each * tiling.shares * problem.weights * tiling.table_words * 4

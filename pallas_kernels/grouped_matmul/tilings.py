@@ -11,7 +11,6 @@ from pallas_kernels.block_matmul.table import load
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import Problem, choose
 from pallas_kernels.grouped_matmul.tiling import (
-    INVARIANT_BLOCKS,
     Mxfp4Rows,
     default_mxfp4,
     mxfp4_reason,
@@ -39,6 +38,10 @@ class LayerTiling:
     rows: int
     gate_up: FewRows | ManyRows | Mxfp4Rows
     down: FewRows | ManyRows | Mxfp4Rows
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gate_up, Mxfp4Rows) != isinstance(self.down, Mxfp4Rows):
+            raise ValueError(f"{self}: weights are MXFP4 in both products, or in none")
 
 
 KINDS: dict[str, type] = tables.KINDS | {"mxfp4": Mxfp4Rows, "layer": LayerRows, "mxfp4_layer": LayerRows}
@@ -72,8 +75,7 @@ def mxfp4_tiling(
     problem = Problem(m, n, k, weights, experts, rows)
 
     def fits(found: Mxfp4Rows) -> bool:
-        in_one_order = found.folded and found.shares == 1 and found.blocks == INVARIANT_BLOCKS
-        return (in_one_order or not batch_invariant) and mxfp4_reason(found, problem) is None
+        return (found.in_one_order or not batch_invariant) and mxfp4_reason(found, problem) is None
 
     entry = choose(load(TABLE, tuple(KINDS.items())).get("mxfp4", ()), problem, fits)
     return entry.tiling if entry else default_mxfp4(problem, batch_invariant=batch_invariant)

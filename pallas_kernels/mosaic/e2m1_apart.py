@@ -1,7 +1,7 @@
 """MXFP4 inside Hopper kernels, every group of 32 columns a product of its own: E2M1 as E4M3 by moving bits.
 
 The sign, the two bits of the exponent and the one of the mantissa of E2M1, in the places of E4M3's sign, its lowest two
-bits of exponent and its highest of mantissa, are the value times UNIT, zero and the subnormal 0.5 too: seven
+bits of exponent and its highest of mantissa, are the value over UNIT, zero and the subnormal 0.5 too: seven
 instructions for eight codes, whatever their scales are. A K step of wgmma has the 32 columns that share a scale, and
 an accumulator of its own: for few tokens the four times as many additions are fewer than what looking codes up, scales
 folded in (e2m1_folded.py), takes beside.
@@ -86,7 +86,8 @@ def spread(packed: jax.Array, block: int) -> jax.Array:
 
 
 def start(codes: jax.Array, other_smem: Any) -> list[jax.Array]:
-    """Issues four products float32 [64, n], of codes [64, 128] and other_smem [n, 128], swizzled; behind `wait`.
+    """Issues four products float32 [64, n], of codes [64, 128] and other_smem [n, 128], swizzled; to be read behind
+    `fresh_wgmma.wait`.
 
     The interpreter's wgmma reads memory only, and none of its operands is registers: there it is a product of XLA.
     """
@@ -98,12 +99,3 @@ def start(codes: jax.Array, other_smem: Any) -> list[jax.Array]:
     swizzled = plgpu.RefType((plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(BLOCK)))
     kinds = {"arg_types": (registers.CODES, swizzled), "return_type": (found,) * GROUPS}
     return list(plgpu.inline_mgpu(**kinds)(registers.multiply_groups)(codes, other_smem))
-
-
-def wait(products: list[jax.Array], left: int) -> list[jax.Array]:
-    """The products, when no more than `left` of the calls of `start` are on their way."""
-    if is_interpreted():
-        return products
-    found = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=PRODUCTS) for x in products)
-    kinds = {"arg_types": (PRODUCTS,) * len(products), "return_type": found}
-    return list(plgpu.inline_mgpu(**kinds)(functools.partial(registers.wait_for, left))(*products))

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic import e2m1_registers as registers
-from pallas_kernels.mosaic.e2m1_registers import BLOCK, BLOCKS, GROUP, GROUPS, ROWS, SPREAD, TABLE_WORDS
+from pallas_kernels.mosaic.e2m1_registers import BLOCK, BLOCKS, GROUP, GROUPS, ROWS, SPREAD
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.scales import scale_bits, scale_product
 
 __all__ = [
-    "GROUP", "GROUPS", "SPREAD", "TABLE_WORDS", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
+    "GROUP", "GROUPS", "SPREAD", "UNIT", "any_beyond", "first_and_second_halves", "load_packed",
     "load_scale_words", "load_tables", "look_up", "multiply", "scale_products", "store_folded_tables", "store_halves",
     "store_tables_of_one",
 ]  # fmt: skip
@@ -87,7 +87,7 @@ def any_beyond(scales_smem: Sequence[Any]) -> jax.Array:
 def store_folded_tables(tables_smem: Any, scale_smem: Any) -> None:
     """Tables of all groups of four blocks, times their scales over the largest of their block, and that one.
 
-    Right where no scale is beyond the SPREAD. tables_smem: int32 [64, TABLE_WORDS], of one warpgroup alone. scale_smem:
+    Right where no scale is beyond the SPREAD. tables_smem: int32 [64, 36], of one warpgroup alone. scale_smem:
     UE8M0 uint8 [64, 16].
     """
     word = load_scale_words(scale_smem)

@@ -16,19 +16,21 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 BLOCK, GROUP = 128, 32  # columns that share a scale of the product, and of the weight
 GROUPS = BLOCK // GROUP
 ROWS = 64  # of one wgmma
 BLOCKS = 4  # of a row, whose weight scales are the 16 bytes that a copy has at least
-TABLE_WORDS = BLOCKS * (2 * GROUPS + 1)  # of a row: two a group, and a scale a block
 SPREAD = 11  # how many powers of two below the largest scale a group's may be: 0.5 becomes 2^-6, no subnormal
 CODES = plgpu.Layout.WGMMA_8BIT
 EACH_ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with one element a row of an accumulator
 # Of what there is for every row and block: a warp has the same 16 rows as of an accumulator, a thread one block.
 EACH_BLOCK = plgpu.Layout.TILED(plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), (-7,), (-3, -2), -1)
-_SWIZZLED = 1 << 30  # of the upper half of wgmma's descriptor of an operand: swizzled by 128 bytes
+# wgmma's descriptor of an operand counts 16 bytes. Its lower half is an address (and a stride that a swizzle ignores);
+# its upper half the stride between eights of rows, and this: swizzled by 128 bytes, from a multiple of 1024 on. Within
+# a swizzled row, a K step of 32 columns begins 32 bytes further on.
+_UNIT, _SWIZZLED = 16, 1 << 30
 WORD = 4  # bytes: eight packed codes, or four E4M3 ones, or the scales of a block
 # Of a word shifted left by 4 and the word itself, the bytes whose top bits are the signs of four codes.
 _SIGNS = 0x5140, 0x7362
@@ -118,11 +120,14 @@ def spread(block: int, magnitude: int, sign: int, _ctx: Any, packed: mgpu.Fragme
 
 
 def multiply_groups(_ctx: Any, codes: mgpu.FragmentedArray, other: ir.Value) -> tuple[mgpu.FragmentedArray, ...]:
-    """A wgmma for each 32 columns, into accumulators of its own, which ignore what they find."""
+    """A wgmma for each 32 columns, into accumulators of its own, which ignore what they find.
+
+    The registers of codes and products are the tensor core's until they are waited for.
+    """
     layout, real = fragmented_array.WGMMA_LAYOUT_ACC_32BIT, ir.F32Type.get()
     tiles, _, tile, _ = ir.MemRefType(other.type).shape
     apart = ir.MemRefType(other.type).get_strides_and_offset()[0][0]  # bytes between eights of rows
-    n = tiles * tile
+    upper, n = _SWIZZLED | apart // _UNIT, tiles * tile
     count = n // 2  # registers of a product
     a_first, b_at = GROUPS * count, GROUPS * (count + 4)
     lines = ["{ .reg .b64 b; .reg .b32 start; .reg .pred p;", "setp.ne.b32 p, 0, 0;", "wgmma.fence.sync.aligned;"]
@@ -131,7 +136,7 @@ def multiply_groups(_ctx: Any, codes: mgpu.FragmentedArray, other: ir.Value) -> 
             ", ".join(f"${first + i}" for i in range(size))
             for first, size in ((group * count, count), (a_first + 4 * group, 4))
         )
-        lines += [f"add.u32 start, ${b_at}, {group * GROUP // 16};", f"mov.b64 b, {{start, {_SWIZZLED | apart >> 4}}};"]
+        lines += [f"add.u32 start, ${b_at}, {group * GROUP // _UNIT};", f"mov.b64 b, {{start, {upper}}};"]
         lines += [f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{{sums}}}, {{{a}}}, b, p, 1, 1;"]
     lines += ["wgmma.commit_group.sync.aligned; }"]
     held = [
@@ -142,7 +147,7 @@ def multiply_groups(_ctx: Any, codes: mgpu.FragmentedArray, other: ir.Value) -> 
     address = arith.trunci(_word(), llvm.ptrtoint(ir.IntegerType.get_signless(64), utils.memref_ptr(other)))
     found = llvm.inline_asm(
         llvm.StructType.get_literal([real] * (GROUPS * count)),
-        [*held, arith.shrui(address, _constant(4))],
+        [*held, arith.divui(address, _constant(_UNIT))],
         "\n".join(lines),
         ",".join(["=f"] * (GROUPS * count) + ["r"] * (4 * GROUPS + 1)),
         has_side_effects=True,
@@ -156,11 +161,6 @@ def multiply_groups(_ctx: Any, codes: mgpu.FragmentedArray, other: ir.Value) -> 
         product = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
         products.append(product.to_layout(fragmented_array.WGMMA_LAYOUT))
     return tuple(products)
-
-
-def wait_for(left: int, _ctx: Any, *products: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
-    nvvm.wgmma_wait_group_sync_aligned(left)
-    return tuple(fragmented_array.optimization_barrier(*products))
 
 
 def store_scales(_ctx: Any, tables_smem: ir.Value, *bits: mgpu.FragmentedArray) -> None:
@@ -218,25 +218,25 @@ def load_words(_ctx: Any, scale_smem: ir.Value) -> mgpu.FragmentedArray:
 def store_tables(_ctx: Any, tables_smem: ir.Value, *flat: mgpu.FragmentedArray) -> None:
     *tables, bits = flat
     utils.warp_barrier()  # what was there has been read: rows of a warp are its own
-    layout = EACH_BLOCK.to_mgpu()
+    stride, layout = _row_bytes(tables_smem), EACH_BLOCK.to_mgpu()
     for at, (row, block) in zip(np.ndindex(*bits.registers.shape), layout.thread_idxs((ROWS, BLOCKS)), strict=True):
         values = [vector.extract(x.registers[at], [], [0]) for x in tables]
         for first in range(0, 2 * GROUPS, 4):
-            start = _at((row, TABLE_WORDS * WORD), (block, 2 * GROUPS * WORD), first * WORD)
+            start = _at((row, stride), (block, 2 * GROUPS * WORD), first * WORD)
             four = vector.from_elements(_words(4), values[first : first + 4])
             llvm.store(four, _address(tables_smem, start), alignment=16)
-        start = _at((row, TABLE_WORDS * WORD), (block, WORD), 2 * GROUPS * BLOCKS * WORD)
+        start = _at((row, stride), (block, WORD), 2 * GROUPS * BLOCKS * WORD)
         llvm.store(bits.registers[at], _address(tables_smem, start), alignment=WORD)
     utils.warp_barrier()
 
 
 def load_tables(_ctx: Any, of_block: ir.Value, scales: ir.Value) -> tuple[mgpu.FragmentedArray, ...]:
-    layout = EACH_ROW.to_mgpu()
+    stride, layout = _row_bytes(of_block), EACH_ROW.to_mgpu()
     found = np.empty((2 * GROUPS + 1, *layout.registers_shape((ROWS,))), dtype=object)
     for at, (row,) in zip(np.ndindex(*found.shape[1:]), layout.thread_idxs((ROWS,)), strict=True):
         words = []
         for smem, first, count in ((of_block, 0, 4), (of_block, 4, 4), (scales, 0, 1)):
-            start = _at((row, TABLE_WORDS * WORD), first * WORD)
+            start = _at((row, stride), first * WORD)
             loaded = llvm.load(_words(count), _address(smem, start), alignment=count * WORD)
             words += [vector.extract(loaded, [], [i]) for i in range(count)]
         for i, word in enumerate(words):

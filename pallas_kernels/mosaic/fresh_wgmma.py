@@ -11,6 +11,7 @@ zeros are made where they are used, and cost nothing: the first wgmma ignores wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,18 +55,20 @@ def start(a: Any, b: Any) -> jax.Array:
     return run(a, b)
 
 
-def wait(product: jax.Array, left: int) -> jax.Array:
-    """The product, when no more than `left` that were started later are on their way."""
+def wait(products: Sequence[jax.Array], left: int) -> list[jax.Array]:
+    """The products of one start, when no more than `left` that were started later are on their way."""
     if is_interpreted():
-        return product
-    found = plgpu.ShapeDtypeStruct(product.shape, jnp.float32, layout=LAYOUT)
+        return list(products)
+    found = tuple(plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=LAYOUT) for x in products)
 
-    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=found)
-    def run(_ctx: Any, product: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,) * len(products), return_type=found)
+    def run(_ctx: Any, *products: mgpu.FragmentedArray) -> tuple[mgpu.FragmentedArray, ...]:
         nvvm.wgmma_wait_group_sync_aligned(left)
-        return optimization_barrier(product)
+        arrived: Any = optimization_barrier(*products)
+        return (arrived,) if len(products) == 1 else tuple(arrived)
 
-    return run(product)
+    arrived: Any = run(*products)
+    return list(arrived)
 
 
 def _zeros(shape: tuple[int, int]) -> mgpu.FragmentedArray:

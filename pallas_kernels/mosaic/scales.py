@@ -40,8 +40,8 @@ def scale_product(a: jax.Array, b: jax.Array) -> jax.Array:
     b = jnp.broadcast_to(b, a.shape)  # before it is a float: Mosaic turns no bits of scalars into those
     if is_interpreted() and a.dtype == b.dtype == jnp.int32:
         # XLA flushes the subnormal 2^-127 on the CPU, which a GPU multiplies as any other: exponents are added instead.
-        code = jnp.clip((a >> 23) + (b >> 23) - 127, 0, 255)
-        bits = jnp.where(jnp.maximum(a, b) == NAN_BITS, NAN_BITS, code << 23)
-        return lax.bitcast_convert_type(bits, jnp.float32)
+        # (What is below 2^-126 itself becomes 0 here, and is subnormal on a GPU.)
+        code, largest = jnp.clip((a >> 23) + (b >> 23) - 127, 0, 255), jnp.maximum(a, b)
+        return lax.bitcast_convert_type(jnp.where(largest >= 255 << 23, largest, code << 23), jnp.float32)
     a, b = (x if x.dtype == jnp.float32 else lax.bitcast_convert_type(x, jnp.float32) for x in (a, b))
     return a * b

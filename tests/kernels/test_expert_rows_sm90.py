@@ -1,5 +1,7 @@
 """Rows on their way to experts and back: quantised where their blocks lie, and added by token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def test_rows_are_quantised_where_their_blocks_lie(k, form, gathered, folded):
         )
         codes, scale = np.asarray(codes), np.asarray(scale)
     want = quantize(jnp.asarray(source[np.minimum(PLACED, tokens - 1)], jnp.bfloat16), form)
-    want = arranged(want.values, scale_bytes(want.scale), rows, folded)
+    want = arranged(want.values, scale_bytes(want.scale), rows, folded=folded)
     want_codes, want_scale = (np.asarray(found) for found in want)
     np.testing.assert_array_equal(codes[real].view(np.uint8), want_codes[real].view(np.uint8))
     for row in np.flatnonzero(real):
@@ -55,7 +57,9 @@ def test_rows_of_a_token_are_added_in_order(width, dtype):
 def test_lowers_for_a_gpu():
     shape = jax.ShapeDtypeStruct
     x, token = shape((4096, 4096), jnp.bfloat16), shape((57344,), jnp.int32)
-    quantised = jax.jit(lambda x, token: quantized_rows(x, token, 4096, FP8_GROUP, rows=112, gathered=True))
-    quantised.trace(x, token).lower(lowering_platforms=("cuda",))
+    for folded in (True, False):
+        how = {"rows": 112, "gathered": True, "folded": folded}
+        quantised = jax.jit(functools.partial(quantized_rows, tokens=4096, form=FP8_GROUP, **how))
+        quantised.trace(x, token).lower(lowering_platforms=("cuda",))
     added = jax.jit(combine).trace(shape((57344, 4096), jnp.bfloat16), shape((4096, 6), jnp.int32))
     added.lower(lowering_platforms=("cuda",))

@@ -53,7 +53,7 @@ def of_one_expert(x, x_scale, w, w_scale, tiling, rows=None, out_dtype=jnp.float
     """y [M, N] of x [M, K] and one weight [N, K]."""
     rows = rows or len(x)
     how = {"rows": rows, "out_dtype": out_dtype, "row_blocks": row_blocks([0] * (len(x) // rows))}
-    return expert_rows(*arranged(x, x_scale.T, rows, tiling.folded), [(w[None], w_scale[None])], tiling, **how)
+    return expert_rows(*arranged(x, x_scale.T, rows, folded=tiling.folded), [(w[None], w_scale[None])], tiling, **how)
 
 
 def gated(gate, up, factor):
@@ -70,6 +70,7 @@ def gated(gate, up, factor):
         (40, 512, Mxfp4Rows(2, 2, 1, parts=2), FAR),
         (8, 1024, Mxfp4Rows(1, 3, 1, folded=False), FAR),  # 32 columns a product
         (16, 1024, Mxfp4Rows(4, 2, 4, shares=2, folded=False), NEAR),  # consumers that take turns
+        (8, 2048, Mxfp4Rows(4, 6, 2, shares=2, folded=False), NEAR),  # two stages each, in buffers of three
     ],
 )
 def test_two_weights_of_experts(rows, k, tiling, spread):
@@ -86,7 +87,7 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     values = jnp.where(padding[:, None], jnp.nan, x.values.astype(jnp.float32)).astype(x.values.dtype)
     with interpreted():
         y = expert_rows(
-            *arranged(values, scale_bytes(x.scale), rows, tiling.folded), [stored(gate), stored(up)], tiling, rows=rows,
+            *arranged(values, scale_bytes(x.scale), rows, folded=tiling.folded), [stored(gate), stored(up)], tiling, rows=rows,
             out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
         )  # fmt: skip
         y = np.asarray(y)
@@ -112,12 +113,12 @@ def test_results_as_codes(rows, tiling, form):
     how = {"rows": rows, "row_blocks": row_blocks([2, 0]), "factors": jnp.asarray([0.5, -3.0])}
     how["epilogue"] = lambda sums, factors: sums * jax.lax.broadcast_in_dim(factors, sums.shape, (1,))
     with interpreted():
-        arguments = *arranged(x.values, scale_bytes(x.scale), rows, tiling.folded), [stored(w)], tiling
+        arguments = *arranged(x.values, scale_bytes(x.scale), rows, folded=tiling.folded), [stored(w)], tiling
         y = np.asarray(expert_rows(*arguments, out_dtype=jnp.bfloat16, **how))
         made = expert_rows(*arguments, out_dtype=form, next_folded=tiling.folded, **how)
         codes, scale = (np.asarray(found) for found in made)
     want = quantize(jnp.asarray(y), form)
-    want_codes, want_scale = arranged(want.values, scale_bytes(want.scale), rows, tiling.folded)
+    want_codes, want_scale = arranged(want.values, scale_bytes(want.scale), rows, folded=tiling.folded)
     np.testing.assert_array_equal(codes.view(np.uint8), np.asarray(want_codes).view(np.uint8))
     np.testing.assert_array_equal(scale[..., :rows], want_scale[..., :rows])
 
@@ -188,7 +189,7 @@ def test_nan_of_a_weight_scale(form, beside, folded):
     how = {"out_dtype": jnp.float32, "row_blocks": row_blocks([0]), "epilogue": lambda sums, _: jnp.clip(sums, -9, 9)}
     with interpreted():
         tiling = Mxfp4Rows(2, 2, 1, folded=folded)
-        y = expert_rows(*arranged(x.values, scale_bytes(x.scale), 8, folded), [pair], tiling, rows=8, **how)
+        y = expert_rows(*arranged(x.values, scale_bytes(x.scale), 8, folded=folded), [pair], tiling, rows=8, **how)
         y = np.asarray(y)
     w = dataclasses.replace(w, scale=jax.lax.bitcast_convert_type(scale, w.scale.dtype))
     want = np.clip(exact(x) @ exact(w).T, -9, 9)
@@ -279,11 +280,15 @@ def test_tilings():
     assert "shared memory" in mxfp4_reason(Mxfp4Rows(4, 8, 2), Problem(8, 128, 512, rows=8))
     assert default_mxfp4(Problem(112, 512, 512, rows=112)) == Mxfp4Rows(1, 4, 2, parts=2)
     assert default_mxfp4(Problem(112, 512, 512, 2, rows=112)) == Mxfp4Rows(1, 4, 2)
+    for count in (1, 2):  # what a row's bits go by is the same for blocks of any size
+        problems = [Problem(768, 2048, 4096, count, 256, rows) for rows in tilings.MXFP4_ROWS]
+        assert all(default_mxfp4(problem, batch_invariant=True).in_one_order for problem in problems)
+    assert not Mxfp4Rows(INVARIANT_BLOCKS, parts=2).in_one_order  # both take four passes if one has to
     team = Mxfp4Rows(4, 2, 2, shares=2)
     assert mxfp4_reason(team, Problem(8, 64, 1024, rows=8)) is None
     assert "32 columns" in mxfp4_reason(dataclasses.replace(team, folded=False), Problem(24, 64, 1024, rows=24))
-    assert "by turns" in mxfp4_reason(team, Problem(8, 64, 512, rows=8))
-    assert "by turns" in mxfp4_reason(dataclasses.replace(team, blocks=2), Problem(8, 64, 1024, rows=8))
+    assert "by turns: stages" in mxfp4_reason(team, Problem(8, 64, 512, rows=8))
+    assert "by turns: stages" in mxfp4_reason(dataclasses.replace(team, blocks=2), Problem(8, 64, 1024, rows=8))
     for wrong in ({"blocks": 3}, {"warpgroups": 5}, {"warpgroups": 3, "shares": 2}):
         with pytest.raises(ValueError, match="Mxfp4Rows"):
             Mxfp4Rows(**wrong)
@@ -301,18 +306,28 @@ def test_benchmarks():
     assert disagreement(layer.xla["reference"](sets)[:2], layer.reference(sets), 3e-2, 2.0**-3) is None
 
 
-@pytest.mark.parametrize(("rows", "count"), [(8, 1), (16, 2), (64, 2), (112, 2)])
-def test_lowers_for_a_gpu(rows, count):
+@pytest.mark.parametrize(
+    ("rows", "count", "tiling", "form"),
+    [
+        (8, 2, Mxfp4Rows(4, 2, 2, folded=False), FP8_GROUP),
+        (16, 1, Mxfp4Rows(4, 4, 2, folded=False), jnp.bfloat16),
+        (8, 1, Mxfp4Rows(4, 4, 2, shares=2, folded=False), jnp.bfloat16),
+        (16, 1, Mxfp4Rows(2, 4, 2), FP8_GROUP),  # tables, a product ahead
+        (112, 2, Mxfp4Rows(1, 4, 2), jnp.bfloat16),  # one by one
+        (112, 1, Mxfp4Rows(1, 4, 2, parts=2), jnp.bfloat16),
+    ],
+)
+def test_lowers_for_a_gpu(rows, count, tiling, form):
     """What the interpreter does not know: layouts, transfers, fragments, and that it all fits into shared memory."""
     total, n, k = 256, 2048, 4096
     m, shape = total * rows, jax.ShapeDtypeStruct
     pair = shape((total, n, k // 2), jnp.uint8), shape((total, n, k // 32), jnp.uint8)
-    tiling = tilings.mxfp4_tiling(m, n, k, count, experts=total, rows=rows)
+    next_folded = tiling.folded if form == FP8_GROUP else None
 
     def run(x, x_scale, weights, expert, real, factors):
         return expert_rows(
-            x, x_scale, weights, tiling, rows=rows, out_dtype=jnp.bfloat16, row_blocks=RowBlocks(expert, real),
-            factors=factors, epilogue=gated if count == 2 else lambda sums, factors: sums,
+            x, x_scale, weights, tiling, rows=rows, out_dtype=form, row_blocks=RowBlocks(expert, real),
+            next_folded=next_folded, factors=factors, epilogue=gated if count == 2 else lambda sums, factors: sums,
         )  # fmt: skip
 
     x, x_scale = shape((m, k), jnp.float8_e4m3fn), shape(scales_shape(m, rows, k), jnp.int32)

@@ -60,7 +60,7 @@ def test_a_simulated_grid_is_small():
 
 
 def products_of_scales(codes, scalar):
-    """float32 2^(codes - 127) 2^(scalar - 127), 0 below 2^-126; NaN where the scalar is, infinity where a code is 255."""
+    """2^(codes - 127) 2^(scalar - 127), 0 below 2^-126; NaN where the scalar is, infinity where codes are 255."""
     exponent = codes.astype(int) + scalar - 254
     want = np.where(exponent < -126, 0.0, np.exp2(np.clip(exponent, -126, 128).astype(np.float64)))
     want[(exponent > 127) | (codes == 255)] = np.inf

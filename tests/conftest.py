@@ -5,7 +5,14 @@ from pathlib import Path
 
 os.environ.setdefault("DSV4_TYPECHECK", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of two, each worker's wait for the other worker's
 os.environ.setdefault("NPROC", "16")  # XLA's threads: with two, interpreted kernels of many threads wait for ever
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile thousands of programs and run each a few times. LLVM's optimisations take half of the time that
+    # takes, and of the rest, setting up XLA's MLIR emitters half. `.ci/run` does without both settings where what XLA
+    # makes of a program is what is tested.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
 
 import jax
 import pytest

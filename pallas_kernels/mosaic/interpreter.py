@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from pallas_kernels.mosaic.races import quick_races
+
 # Thread blocks of a simulated grid: enough for more than one to work, and for each to have more than one tile.
 INTERPRETED_SMS = 2
 _RACE = "RACE DETECTED"
@@ -35,8 +37,9 @@ def interpreted() -> Iterator[None]:
     printed = io.StringIO()
     params = plgpu.InterpretGPUParams(detect_races=True)
     try:
-        with contextlib.redirect_stdout(printed), plgpu.force_gpu_interpret_mode(params), _callbacks_on_the_host():
-            yield
+        with contextlib.redirect_stdout(printed), plgpu.force_gpu_interpret_mode(params):
+            with _callbacks_on_the_host(), quick_races():
+                yield
     except Exception as error:
         reset_gpu_interpret_mode_state()  # else every kernel to come would fail like this one
         if _RACE in str(error):  # jax from 0.12 on raises, before that it prints

@@ -23,12 +23,3 @@ if ON_GPU:
 def int8_by_cublas(monkeypatch):
     """What INT8 products on a GPU ask for."""
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {NO_TRITON}")
-
-
-@pytest.fixture(autouse=True, scope="package")
-def compile_quickly():
-    """Compiled without optimisation: these tests compile a hundred small programs and run each a few times."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", not ON_GPU)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

@@ -33,8 +33,9 @@ from pallas_kernels.grouped_matmul import experts
 from pallas_kernels.grouped_matmul import tilings as layer_tilings
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, ObservedWeight, QuantTensor, TreatedWeight, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.router import Routing
+from tests.kernels.compiled import quantize
 
 H100 = KINDS["H100 / H200"]
 ROW = FORMATS["fp8_row"]

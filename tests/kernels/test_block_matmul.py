@@ -11,13 +11,10 @@ import pytest
 
 from pallas_kernels import block_matmul
 from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor
-from pallas_kernels.quant import dequantize as eager_dequantize
-from pallas_kernels.quant import quantize as eager_quantize
+from tests.kernels.compiled import dequantize, quantize
 
 matmul = functools.partial(jax.jit, static_argnames="out_dtype")(block_matmul.matmul)
 block_diagonal_matmul = jax.jit(block_matmul.block_diagonal_matmul)
-dequantize = jax.jit(eager_dequantize)
-quantize = jax.jit(eager_quantize, static_argnums=1)
 
 
 def normal(seed, *shape):
@@ -106,6 +103,6 @@ def test_a_product_for_each_of_several_rows_of_codes():
     def run(x, codes):
         return block_matmul.matmul(x, w, activations=FP8_GROUP, codes=codes)
 
-    codes = jax.jit(jax.vmap(lambda x: eager_quantize(x, FP8_GROUP)))(x)
+    codes = jax.jit(jax.vmap(lambda x: quantize(x, FP8_GROUP)))(x)
     got, want = jax.jit(jax.vmap(run))(x, codes), jax.jit(run)(x, None)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,8 @@ from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor, TreatedWeight, dequantize, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, QuantTensor, TreatedWeight
+from tests.kernels.compiled import dequantize, quantize
 from tests.kernels.sums import ALONG_K, check
 
 MANY = [

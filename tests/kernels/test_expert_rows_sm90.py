@@ -11,7 +11,8 @@ from pallas_kernels.grouped_matmul.combine_sm90 import combine
 from pallas_kernels.grouped_matmul.rows_sm90 import arranged, quantized_rows
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FP8_GROUP, QuantFormat, quantize
+from pallas_kernels.quant import FP8_GROUP, QuantFormat
+from tests.kernels.compiled import quantize
 
 FLOAT_GROUP = QuantFormat("e4m3", (1, 128), "float32", floor=1e-4)
 PLACED = np.array([2, 0, 5, 5, 5, 5, 5, 5, 1, 2, 4, 0, 5, 5, 5, 5], np.int32)  # 5: padding, of 5 tokens

@@ -15,8 +15,9 @@ from pallas_kernels.grouped_matmul.kernel_sm90 import experts
 from pallas_kernels.grouped_matmul.lay_out_sm90 import lay_out
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize, round_trip
+from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor
 from pallas_kernels.router import Routing
+from tests.kernels.compiled import dequantize, quantize, round_trip
 from tests.kernels.sums import ON_GPU
 
 E, D, I = 5, 256, 128  # noqa: E741
@@ -175,11 +176,11 @@ def exact(x, routing, limit):
     w1, w3, w2 = (np.asarray(dequantize(w), np.float64) for w in weights())
     rows = np.asarray(round_trip(x, FP8_GROUP), np.float64)
     out = np.zeros(x.shape)
-    for slot in range(routing.experts.shape[1]):
-        of_token = np.asarray(routing.experts[:, slot])
+    for of_token, factor in zip(np.asarray(routing.experts).T, np.asarray(routing.weights).T, strict=True):
         gate, up = (np.einsum("nd,nid->ni", rows, w[of_token]) for w in (w1, w3))
-        hidden = jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit) * routing.weights[:, slot, None]
-        hidden = np.asarray(round_trip(hidden.astype(jnp.bfloat16), FP8_GROUP), np.float64)
+        gate = np.minimum(gate, limit)
+        hidden = gate / (1 + np.exp(-gate)) * np.clip(up, -limit, limit) * factor[:, None]
+        hidden = np.asarray(round_trip(jnp.asarray(hidden, jnp.bfloat16), FP8_GROUP), np.float64)
         out += np.einsum("ni,ndi->nd", hidden, w2[of_token])
     return out
 

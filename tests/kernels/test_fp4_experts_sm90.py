@@ -21,8 +21,9 @@ from pallas_kernels.grouped_matmul.tiling import INVARIANT_BLOCKS, Mxfp4Rows, de
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FP8_GROUP, MXFP4, QuantTensor, dequantize, quantize, round_trip
+from pallas_kernels.quant import FP8_GROUP, MXFP4, QuantTensor
 from pallas_kernels.router import Routing
+from tests.kernels.compiled import dequantize, quantize, round_trip
 from tests.kernels.sums import check
 
 RANDOM = np.random.default_rng(0)

@@ -21,16 +21,13 @@ from pallas_kernels.quant import (
     TreatedWeight,
     observe,
 )
-from pallas_kernels.quant import dequantize as eager_dequantize
-from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.router import Routing
+from tests.kernels.compiled import dequantize, quantize
 from tests.kernels.sums import BOUNDS, ON_GPU
 
 EXPERTS, OUT, IN = 6, 5, 32
 multiply = jax.jit(grouped_matmul, static_argnums=3)
 multiply_codes = jax.jit(scaled_dot.grouped_matmul, static_argnums=3)
-dequantize = jax.jit(eager_dequantize)
-quantize = jax.jit(eager_quantize, static_argnums=1)
 layer = jax.jit(experts, static_argnames=("limit", "activations", "implementation"))
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import cut, share
 from pallas_kernels.hyper_connection.tiling import TILE, PreTiling, default_tiling
 from pallas_kernels.mosaic import interpreted, interpreter
-from pallas_kernels.quant import quantize
+from tests.kernels.compiled import quantize
 
 HOW = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 HOPPER = KINDS["H100 / H200"]

@@ -9,8 +9,9 @@ from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.index_scores import sm90
 from pallas_kernels.index_scores.tiling import ScoreTiling
 from pallas_kernels.mosaic.e2m1_registers import SPREAD
-from pallas_kernels.quant import Rows, decode_rows, encode_rows, paged
+from pallas_kernels.quant import Rows, paged
 from pallas_kernels.row_format import index_format
+from tests.kernels.compiled import decode_rows, encode_rows
 from tests.kernels.test_index_scores_sm90 import assert_scored, hide, refusal, run_kernel, shape, table_of
 
 FP4 = index_format("fp4")

@@ -16,8 +16,9 @@ from pallas_kernels.index_scores.cases import ScoreCase
 from pallas_kernels.index_scores.sm90 import MOST_HEADS
 from pallas_kernels.index_scores.tiling import FP4_STAGES, MOST_STAGES, default_tiling
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.quant import Pages, Rows, as_cached, decode_rows, encode_rows, paged, quantize
+from pallas_kernels.quant import Pages, Rows, as_cached, paged
 from pallas_kernels.row_format import entry_format, index_format
+from tests.kernels.compiled import decode_rows, encode_rows, quantize
 from tests.kernels.sums import ON_GPU
 
 FP8 = index_format("fp8")

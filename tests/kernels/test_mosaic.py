@@ -1,5 +1,9 @@
 """The interpreter does what the kernel tests rely on."""
 
+import contextlib
+import dataclasses
+import io
+import re
 import subprocess
 import sys
 
@@ -13,6 +17,7 @@ from jax import lax
 
 from pallas_kernels.mosaic import interpreted, is_interpreted, sm_count
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, RaceError
+from pallas_kernels.mosaic.races import quick_races
 from pallas_kernels.mosaic.scale_words import bits_of, least_bits
 from pallas_kernels.mosaic.scales import LEAST_BITS, activation_bits, scale_bits, scale_bytes, scale_product
 
@@ -51,6 +56,38 @@ def test_a_race_is_an_error():
         np.testing.assert_array_equal(pass_on(x, wait=True), x)
     with pytest.raises(RaceError, match="smem|read of|write of"), interpreted():
         pass_on(x, wait=False).block_until_ready()
+
+
+def told(seed):
+    """What jax's race detector says of each of a few dozen accesses: clocks of every order, ranges of every kind."""
+    from jax._src.pallas.mosaic.interpret.race_detection_state import RaceDetectionState
+    from jax._src.pallas.mosaic.interpret.vector_clock import NpVectorClock
+
+    rng = np.random.default_rng(seed)
+    fields = {field.name for field in dataclasses.fields(RaceDetectionState)}
+    detector, said = RaceDetectionState(**{"num_cores": 3} if "num_cores" in fields else {}), []
+    for number in range(40):
+        clock = NpVectorClock(3)
+        clock.clock[:] = rng.integers(0, 4, 3) + number // 8
+        start, kind = rng.integers(0, 6, 2).tolist(), rng.integers(0, 3, 2)
+        ends = slice(start[0], start[0] + int(rng.integers(0, 3))), slice(start[1], start[1] + 2, 1)
+        of_axes = tuple((slice(None), first, end)[k] for first, end, k in zip(start, ends, kind, strict=True))
+        check = detector.check_read if rng.integers(2) else detector.check_write
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            try:
+                check(f"thread {number}", clock, f"buffer {rng.integers(2)}", of_axes)
+            except RuntimeError as error:  # jax from 0.12 on
+                print(error)
+        said.append(re.sub(" at 0x[0-9a-f]+", "", printed.getvalue()))  # addresses of clocks
+    return said
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_races_are_found_as_jax_finds_them(seed):
+    want = told(seed)
+    with quick_races():
+        got = told(seed)
+    assert got == want and 3 < sum(map(bool, want)) < 38
 
 
 def test_a_simulated_grid_is_small():

@@ -15,10 +15,11 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP
 from pallas_kernels.quantize_rows import kernel_sm90, quantize_rows, rms_norm_quantize_rows
 from pallas_kernels.quantize_rows.cases import RowsCase
 from pallas_kernels.quantize_rows.tiling import MOST_COLUMNS, RowTiling, default_tiling, unsupported_reason
+from tests.kernels.compiled import quantize
 
 FLOAT_SCALES = dataclasses.replace(FP8_GROUP, scale="float32", power_of_two=False)
 FORMS = {

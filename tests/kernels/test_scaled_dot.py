@@ -18,11 +18,10 @@ from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.formats import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, parse_format
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import QuantTensor, TreatedWeight
-from pallas_kernels.quant import quantize as eager_quantize
 from pallas_kernels.quant.hadamard import rotate_blocks
+from tests.kernels.compiled import quantize
 from tests.kernels.sums import ON_GPU
 
-quantize = jax.jit(eager_quantize, static_argnums=1)
 WEIGHTS = {"fp8": ["fp8_row", "fp8_tensor", "e5m2:row:float32"], "int8": ["int8_row", "int8_tensor"]}
 PAIRS = [(kind, w) for kind, names in WEIGHTS.items() for w in names]
 ROUNDING = 2e-3 if ON_GPU else 2e-6  # cuBLAS adds products of FP8 codes as the kernels do, in some 14 bits

@@ -5,11 +5,12 @@ import pytest
 
 from pallas_kernels.block_matmul import block_diagonal_matmul, matmul
 from pallas_kernels.grouped_matmul import experts
-from pallas_kernels.quant import FP8_BLOCK, quantize
+from pallas_kernels.quant import FP8_BLOCK
 from pallas_kernels.router import router
 from pallas_kernels.sparse_attention import sparse_attention_prefill
 from pallas_kernels.sparse_attention.shapes import require_alike
 from pallas_kernels.sparse_attention.sm90 import numbers_reason
+from tests.kernels.compiled import quantize
 
 Q = jnp.zeros((2, 3, 4, 8))
 ENTRIES = {"window": jnp.zeros((2, 5, 8)), "compressed": jnp.zeros((2, 6, 8))}

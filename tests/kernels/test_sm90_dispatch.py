@@ -16,9 +16,10 @@ from pallas_kernels.grouped_matmul import experts, sm90
 from pallas_kernels.grouped_matmul import tilings as layer_tilings
 from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight
 from pallas_kernels.router import Routing
 from tests.kernels import sums
+from tests.kernels.compiled import quantize
 
 H100 = KINDS["H100 / H200"]
 FLOAT_BLOCK, FLOAT_GROUP = (dataclasses.replace(form, scale="float32") for form in (FP8_BLOCK, FP8_GROUP))

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quant import encode_rows, paged
+from pallas_kernels.quant import paged
 from pallas_kernels.rotary import Rotation, rotation, turn
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import sparse_attention, sparse_attention_prefill
+from tests.kernels.compiled import encode_rows
 
 SCALE = 0.3
 HEADS, WIDTH = 2, 8  # H, K

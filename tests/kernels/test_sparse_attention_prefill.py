@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import listen
-from pallas_kernels.quant import encode_rows
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import prefill_blocks, reference, sparse_attention_prefill
+from tests.kernels.compiled import encode_rows
 
 SCALE = 0.3
 HEADS = 2

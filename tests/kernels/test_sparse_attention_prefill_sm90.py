@@ -13,9 +13,9 @@ from pallas_kernels.bench.case import disagreement
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.quant import encode_rows
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, prefill_sm90, sparse_attention_prefill
+from tests.kernels.compiled import encode_rows
 from tests.kernels.sums import ON_GPU
 
 SCALE = 0.3

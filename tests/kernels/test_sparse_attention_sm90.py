@@ -14,13 +14,14 @@ from pallas_kernels.bench.case import disagreement
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.dispatch import UnsupportedError
 from pallas_kernels.mosaic import interpreted
-from pallas_kernels.quant import Pages, Rows, encode_rows, paged
+from pallas_kernels.quant import Pages, Rows, paged
 from pallas_kernels.quant.pages import page_bytes
 from pallas_kernels.rotary import rotation
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, sm90, sparse_attention
 from pallas_kernels.sparse_attention import kernel_sm90 as few_sm90
 from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
+from tests.kernels.compiled import encode_rows
 
 FORM = entry_format("fp8", 64)
 WIDTH, FULL, SCALE = 128, 512, 512**-0.5  # channels of most tests, where 512 would take four times as long

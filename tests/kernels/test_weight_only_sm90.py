@@ -18,8 +18,9 @@ from pallas_kernels.block_matmul.weight_only_tiling import WeightOnly
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
-from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight, dequantize, quantize
+from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight
 from tests.kernels import sums
+from tests.kernels.compiled import dequantize, quantize
 
 H100 = KINDS["H100 / H200"]
 FLOAT_BLOCK = dataclasses.replace(FP8_BLOCK, scale="float32", power_of_two=False)

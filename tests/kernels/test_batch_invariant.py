@@ -35,6 +35,7 @@ from pallas_kernels.mosaic import interpreted
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.router import Routing
+from tests.kernels import compiled
 from tests.kernels.compiled import quantize
 
 H100 = KINDS["H100 / H200"]
@@ -144,7 +145,7 @@ def test_the_op_on_hopper(activations):
     """Rows beside others, one of which is NaN, have the bits that they have alone."""
     x, w = normal(0, 9, 256, dtype=jnp.bfloat16), quantize(normal(1, 64, 256), FP8_BLOCK)
     poisoned = x.at[4].set(jnp.nan)
-    run = functools.partial(matmul, activations=activations, batch_invariant=True, implementation="sm90")
+    run = functools.partial(compiled.matmul, activations=activations, batch_invariant=True, implementation="sm90")
     with interpreted():
         alone, beside = (np.asarray(run(rows, w), np.float32) for rows in (x[3:4], poisoned))
     assert np.isnan(beside[4]).all()
@@ -249,7 +250,7 @@ def test_layers_of_experts(implementation):
     weights = [quantize(normal(s, count, 128, 128) / 11, FP8_BLOCK) for s in range(3)]
     x, routing = normal(9, 6, 128, dtype=jnp.bfloat16), routing_of(chosen, count)
     run = functools.partial(
-        experts, limit=2.0, activations=FP8_GROUP, batch_invariant=True, implementation=implementation
+        compiled.experts, limit=2.0, activations=FP8_GROUP, batch_invariant=True, implementation=implementation
     )
     alone = routing_of(chosen[4:5], count)._replace(weights=routing.weights[4:5])
     with interpreted():

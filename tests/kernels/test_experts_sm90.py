@@ -10,7 +10,6 @@ import pytest
 
 from pallas_kernels.block_matmul.kernel_sm90 import many_rows
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
-from pallas_kernels.grouped_matmul import experts as layer
 from pallas_kernels.grouped_matmul.kernel_sm90 import experts
 from pallas_kernels.grouped_matmul.lay_out_sm90 import lay_out
 from pallas_kernels.mosaic import interpreted
@@ -18,6 +17,7 @@ from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor
 from pallas_kernels.router import Routing
 from tests.kernels.compiled import dequantize, quantize, round_trip
+from tests.kernels.compiled import experts as layer
 from tests.kernels.sums import ON_GPU
 
 E, D, I = 5, 256, 128  # noqa: E741

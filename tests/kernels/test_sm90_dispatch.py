@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight
 from pallas_kernels.router import Routing
-from tests.kernels import sums
+from tests.kernels import compiled, sums
 from tests.kernels.compiled import quantize
 
 H100 = KINDS["H100 / H200"]
@@ -248,9 +248,9 @@ def test_dense_products_are_the_reference(rows, dtype, kept):
         weight = quantize(w.at[:, channels].set(0), FP8_BLOCK)
         weight = TreatedWeight(weight, None, channels, w[:, channels].astype(jnp.bfloat16))
     with interpreted():
-        got = matmul(x, weight, activations=FP8_GROUP, implementation="sm90")
+        got = compiled.matmul(x, weight, activations=FP8_GROUP, implementation="sm90")
         got.block_until_ready()
-    want = matmul(x, weight, activations=FP8_GROUP, implementation="reference")
+    want = compiled.matmul(x, weight, activations=FP8_GROUP, implementation="reference")
     assert got.dtype == want.dtype == dtype
     sums.check(got, want, bound=BOUNDS[dtype])
 
@@ -290,7 +290,7 @@ def test_layers_of_experts_are_the_reference(tokens, dtype, form, activations):
         for seed, sizes in enumerate(((i, d), (i, d), (d, i)))
     ]
     x = normal(9, tokens, d, dtype=dtype)
-    run = functools.partial(experts, x, *weights, routing, limit=2.0, activations=activations)
+    run = functools.partial(compiled.experts, x, *weights, routing, limit=2.0, activations=activations)
     with interpreted():
         got = run(implementation="sm90")
         got.block_until_ready()

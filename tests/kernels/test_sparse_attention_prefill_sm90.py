@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("NPROC", "16")  # threads of XLA, each of which a simulated thread may block
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,7 @@ def case(tokens, history, entries, named, batch=1, heads=64, width=128, form=FP8
     return q, band, start, compressed, jnp.asarray(index), jnp.asarray(count), jnp.linspace(-2, 2, heads)
 
 
+@functools.partial(jax.jit, static_argnames="width")
 def reference(q, band, *args, width):
     """In float32."""
     q, band = (x.astype(jnp.float32) for x in (q, band))

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.quant import encode_rows, paged, take_paged, take_rows
+from pallas_kernels import quant
 from pallas_kernels.row_format import RowFormat, entry_format, index_format
 
 WIDTH, ROTARY, BATCH, PAGE = 96, 32, 3, 4
+encode_rows = jax.jit(quant.encode_rows, static_argnums=1)
+paged = jax.jit(quant.paged, static_argnums=1)
+take_paged, take_rows = jax.jit(quant.take_paged), jax.jit(quant.take_rows)
 FORMATS = {
     "bfloat16": entry_format("bfloat16", ROTARY),
     "fp8": entry_format("fp8", ROTARY),

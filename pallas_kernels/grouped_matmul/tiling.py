@@ -93,8 +93,8 @@ def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str 
         return f"blocks of {problem.rows} rows: at most {MOST_APART} with a product for every 32 columns"
     if tiling.shares > 1 and not tiling.takes_turns(problem.k):
         return (
-            f"{tiling.shares} consumers by turns: stages of {SCALED} columns (here {tiling.blocks * BLOCK}), multiples of "
-            f"{SCALED * tiling.shares} columns in all ({problem.k}) and of {tiling.shares} buffers ({tiling.stages})"
+            f"{tiling.shares} consumers by turns: stages of {SCALED} columns (here {tiling.blocks * BLOCK}), multiples "
+            f"of {SCALED * tiling.shares} columns in all ({problem.k}) and of {tiling.shares} buffers ({tiling.stages})"
         )
     if problem.rows % 8 or not 0 < problem.rows <= MOST_COLUMNS:
         return f"blocks of {problem.rows} rows: a multiple of 8, at most {MOST_COLUMNS}"

@@ -89,7 +89,8 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     with interpreted():
         y = expert_rows(
             *arranged(values, scale_bytes(x.scale), rows, folded=tiling.folded), [stored(gate), stored(up)], tiling,
-            rows=rows, out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors), epilogue=gated,
+            rows=rows, out_dtype=jnp.bfloat16, row_blocks=row_blocks(expert, real), factors=jnp.asarray(factors),
+            epilogue=gated,
         )  # fmt: skip
         y = np.asarray(y)
     of_row = expert.repeat(rows)

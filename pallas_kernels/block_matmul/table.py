@@ -2,8 +2,9 @@
 
 `{kind: {problem: {**tiling, "us": measured, "on": device}}}`. A problem is written as its sizes are: `m=3072 n=4096
 k=4096 experts=256 rows=16`. `on` says which GPU measured the entry: H100 and H200 are one chip but for the memory, so
-that both may use it, but times of the two do not compare. `python -m pallas_kernels.bench --tune`, then `--table`, make
-them.
+that both may use it. Their times differ as their memory does: where two kernels have an entry for one problem, the
+faster one is chosen, so that both should be of one GPU (three pairs are not; one of each is more than twice as fast).
+`python -m pallas_kernels.bench --tune`, then `--table`, make them.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ multiplies before the second projection, whose input is rounded to 1x128 FP8 aga
 float32, in the order of the token's experts.
 
 Bound: the weights of the experts that are hit, or their FLOPs. On an H200, 256 experts [2048, 4096], six a token, 1 /
-16 / 128 / 4096 tokens: 48 / 476 / 1434 / 1971 us, 65 / 89 / 89 / 69 % of the bytes' limit, 0.97 to 1.14 of its two
-products alone; MXFP4 41 / 296 / 833 / 2759, 41 / 76 / 82 / 26 %.
+16 / 128 / 4096 tokens: 47 / 488 / 1468 / 2029 us, 67 / 87 / 87 / 67 % of the bytes' limit, 0.97 to 1.09 of its two
+products alone; MXFP4 33 / 272 / 787 / 2748, 51 / 83 / 86 / 26 %.
 """
 
 from __future__ import annotations

@@ -40,12 +40,10 @@ def reports():
 
 @pytest.fixture(scope="module", autouse=True)
 def batches_of_two():
-    """So that the second is filled up. Compiling is most of the time here: quickly, for little work."""
+    """So that the second is filled up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LOGIT_BYTES", 4 * 32 * 320 * 2)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

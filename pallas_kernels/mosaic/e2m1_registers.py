@@ -9,6 +9,7 @@ A thread has of 64 rows two, 8 apart: of codes a word of every row and group, an
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -68,39 +69,37 @@ def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
 
 
 def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
-    stride = ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
-    starts = codes.layout.thread_idxs(codes.shape)
-    for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
-        words = ir.VectorType(register.type).shape[0] // WORD
-        values = vector.bitcast(_words(words), register)
-        row, first = _at((group, stride)), arith.index_cast(_word(), column)
-        for i in range(words):
-            # Word w of the eight of a group of 32 columns becomes word w / 2, in the second half if w is odd.
-            word = arith.addi(arith.shrui(first, _constant(2)), _constant(i))
-            inside = arith.addi(arith.shrui(_masked(word, 7), _constant(1)), arith.shli(_masked(word, 1), _constant(2)))
-            byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(inside, _constant(2)))
-            one = vector.broadcast(_words(1), vector.extract(values, [], [i]))
-            llvm.store(one, _address(codes_gmem, arith.addi(row, byte)), alignment=WORD)
+    for value, row, word in _four_neighbours(codes_gmem, codes):
+        # Word w of the eight of a group of 32 columns becomes word w / 2, in the second half if w is odd.
+        inside = arith.addi(arith.shrui(_masked(word, 7), _constant(1)), arith.shli(_masked(word, 1), _constant(2)))
+        byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(inside, _constant(2)))
+        llvm.store(vector.broadcast(_words(1), value), _address(codes_gmem, arith.addi(row, byte)), alignment=WORD)
 
 
 def store_evens(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
+    half = ir.IntegerType.get_signless(16)
+    for value, row, word in _four_neighbours(codes_gmem, codes):
+        # Columns 4w to 4w + 3 of a group of 32 become bytes 2w and 2w + 1 of its first half, and of its second.
+        byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(_masked(word, 7), _constant(1)))
+        apart = _permuted(value, value, _constant(0x3120))  # the even ones in the lower half
+        for odd in range(2):
+            found = arith.trunci(half, arith.shrui(apart, _constant(16 * odd)))
+            place = arith.addi(row, arith.addi(byte, _constant(GROUP // 2 * odd)))
+            llvm.store(vector.broadcast(ir.VectorType.get((1,), half), found), _address(codes_gmem, place), alignment=2)
+
+
+def _four_neighbours(
+    codes_gmem: ir.Value, codes: mgpu.FragmentedArray
+) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+    """Every word of four codes that a thread has, the first byte of its row, and which word of the row it is."""
     stride = ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
-    half, two = ir.IntegerType.get_signless(16), ir.VectorType.get((1,), ir.IntegerType.get_signless(16))
     starts = codes.layout.thread_idxs(codes.shape)
     for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
         words = ir.VectorType(register.type).shape[0] // WORD
         values = vector.bitcast(_words(words), register)
-        row, first = _at((group, stride)), arith.index_cast(_word(), column)
+        row, first = _at((group, stride)), arith.shrui(arith.index_cast(_word(), column), _constant(2))
         for i in range(words):
-            # Columns 4w to 4w + 3 of a group of 32 become bytes 2w and 2w + 1 of its first half, and of its second.
-            word = arith.addi(arith.shrui(first, _constant(2)), _constant(i))
-            byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(_masked(word, 7), _constant(1)))
-            one = vector.extract(values, [], [i])
-            apart = _permuted(one, one, _constant(0x3120))  # the even ones in the lower half
-            for odd in range(2):
-                found = arith.trunci(half, arith.shrui(apart, _constant(16 * odd)))
-                place = arith.addi(row, arith.addi(byte, _constant(GROUP // 2 * odd)))
-                llvm.store(vector.broadcast(two, found), _address(codes_gmem, place), alignment=2)
+            yield vector.extract(values, [], [i]), row, arith.addi(first, _constant(i))
 
 
 def spread(block: int, magnitude: int, sign: int, _ctx: Any, packed: mgpu.FragmentedArray) -> mgpu.FragmentedArray:

@@ -9,6 +9,7 @@ two slabs share: all consumers leave their results in shared memory, and take so
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -84,6 +85,12 @@ class Codes(NamedTuple):
         """Of 128 channels, of a tile."""
         return self.warpgroups * self.parts // 2
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Of a group, for one consumer: whole eights, which are the tiles of shared memory that stores allow."""
+        each = self.rows // self.warpgroups
+        return each if self.rows % (8 * self.warpgroups) == 0 else 8
+
     def outputs(self) -> tuple[Any, ...]:
         codes = jax.ShapeDtypeStruct((self.m, self.n // BLOCK, BLOCK), self.form.values_dtype)
         return codes, rows_sm90.scales_type(self.m, self.rows, self.n, self.form)
@@ -107,15 +114,22 @@ class Codes(NamedTuple):
             channels = pl.ds(lax.rem(slab, 2) * WGMMA_ROWS, WGMMA_ROWS)
             y_smem.at[lax.div(slab, 2), :, channels].T[...] = y.astype(jnp.bfloat16)
         meet()
-        each = self.rows // self.warpgroups
-        tokens, layout = pl.ds(warpgroup * each, each), registers(each)
-        for g in range(self.groups):
-            wide = plgpu.load(y_smem.at[g, tokens], layout=layout, optimized=False).astype(jnp.float32)
-            codes, scale = quantized(wide, self.form, layout)
-            group = tile * self.groups + g
-            here = pl.ds(block * self.rows + warpgroup * each, each)
-            rows_sm90.store_codes(codes_gmem.at[here, group], codes, layout, self.folded)
-            store_narrow(scale_gmem, (block, group, tokens), rows_sm90.scale_words(scale, self.form))
+        each, layout = self.tokens_at_once, registers(self.tokens_at_once)
+        pieces = self.rows // each  # of a group, for as many consumers or fewer
+        for first in range(0, self.groups * pieces, self.warpgroups):
+
+            def quantise(piece: Any) -> None:
+                g, start = lax.div(piece, pieces), lax.rem(piece, pieces) * each
+                tokens = pl.ds(start, each)
+                wide = plgpu.load(y_smem.at[g, tokens], layout=layout, optimized=False).astype(jnp.float32)
+                codes, scale = quantized(wide, self.form, layout)
+                group = tile * self.groups + g
+                here = pl.ds(block * self.rows + start, each)
+                rows_sm90.store_codes(codes_gmem.at[here, group], codes, layout, self.folded)
+                store_narrow(scale_gmem, (block, group, tokens), rows_sm90.scale_words(scale, self.form))
+
+            piece = first + warpgroup
+            pl.when(piece < self.groups * pieces)(functools.partial(quantise, piece))
 
     def finish(self) -> None:
         pass

@@ -30,7 +30,7 @@ from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.gather_sm90 import gather
 from pallas_kernels.grouped_matmul.lay_out_sm90 import Blocks, lay_out
 from pallas_kernels.grouped_matmul.rows_sm90 import quantized_rows
-from pallas_kernels.grouped_matmul.tiling import LEAST_AS_CODES, Mxfp4Rows
+from pallas_kernels.grouped_matmul.tiling import Mxfp4Rows
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import QuantTensor
 from pallas_kernels.quantize_rows import quantize_rows
@@ -69,7 +69,7 @@ def experts(
     if isinstance(gate_up, Mxfp4Rows) and isinstance(down, Mxfp4Rows):
         quantise = functools.partial(_quantised, blocks=blocks, form=activations, rows=rows)
         # Where tiles have whole groups of channels, hidden rows are quantised by the kernel that they come from.
-        at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0 and rows >= LEAST_AS_CODES
+        at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0
         form = activations if at_once else x.dtype
         rows_of_x = quantise(x, gathered=True, folded=gate_up.folded)
         how = {"epilogue": activate, "next_folded": down.folded if at_once else None}

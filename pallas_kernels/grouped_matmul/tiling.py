@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-
 from pallas_kernels.block_matmul.problem import BLOCK, MOST_COLUMNS, SHARED_BYTES, WGMMA_ROWS, Problem
 from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, launch_registers
 
@@ -14,8 +12,6 @@ SCALED = 512  # columns whose weight scales are the 16 bytes that a copy has at 
 AHEAD = 64  # rows of all slabs up to which a product is issued before the last is added: registers hold both
 MOST_APART = 16  # rows of a block with a product for every 32 columns
 MOST_REGISTERS = 232  # that the compiler is allowed to use of what a consumer has
-# Rows of a block from which hidden ones leave their kernel as codes: for fewer, Mosaic of jax 0.12 finds no layouts.
-LEAST_AS_CODES = 64 if jax.__version_info__ >= (0, 12) else 8
 STAGE_BLOCKS = (1, 2, 4)
 # Of a stage where a row's bits must not depend on the tiling: in four passes, what is added when depends on this.
 INVARIANT_BLOCKS = 2

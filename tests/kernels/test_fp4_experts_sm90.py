@@ -105,6 +105,7 @@ def test_two_weights_of_experts(rows, k, tiling, spread):
     [
         (8, Mxfp4Rows(4, 2, 2), FLOAT_GROUP),
         (16, Mxfp4Rows(2, 2, 1, parts=2), FP8_GROUP),
+        (24, Mxfp4Rows(1, 2, 4), FP8_GROUP),  # six pieces of eight tokens for four consumers
         (8, Mxfp4Rows(4, 2, 4, shares=2, folded=False), FP8_GROUP),
     ],
 )
@@ -315,6 +316,7 @@ def test_benchmarks():
         (16, 1, Mxfp4Rows(4, 4, 2, folded=False), jnp.bfloat16),
         (8, 1, Mxfp4Rows(4, 4, 2, shares=2, folded=False), jnp.bfloat16),
         (16, 1, Mxfp4Rows(2, 4, 2), FP8_GROUP),  # tables, a product ahead
+        (24, 1, Mxfp4Rows(2, 4, 2), FP8_GROUP),  # three pieces of eight tokens for two consumers
         (112, 2, Mxfp4Rows(1, 4, 2), jnp.bfloat16),  # one by one
         (112, 1, Mxfp4Rows(1, 4, 2, parts=2), jnp.bfloat16),
     ],

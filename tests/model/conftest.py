@@ -19,19 +19,8 @@ from dsv4.parameters import Spec, leaves, model_specs
 ORACLE = Path(__file__).parents[1] / "oracle" / "ckpt"
 
 
-def quickly(body):
-    """`body`, jitted for little work: compiling it is what the fast tests spend their time on; the slow ones run."""
-    by_level = {level: jax.jit(body, compiler_options={"xla_backend_optimization_level": level}) for level in "01"}
-
-    def run(model, *args):
-        return by_level["0" if len(model.config.layers) <= 4 else "1"](model, *args)
-
-    return run
-
-
-forward = quickly(lambda model, ids: forward_body(model, ids, False)[0])
-extend = quickly(extend_body)
-last_logits = quickly(_last_body)
+forward = jax.jit(lambda model, ids: forward_body(model, ids, False)[0])
+extend, last_logits = jax.jit(extend_body), jax.jit(_last_body)
 
 
 @pytest.fixture(scope="session")

@@ -91,7 +91,7 @@ def test_prompts_of_every_length(ways, full, name):
 
 @pytest.fixture
 def quick_public(ways, monkeypatch):
-    """The public functions, over programs compiled quickly."""
+    """The public functions, over programs that other tests compile."""
     monkeypatch.setattr(run, "extend", ways.extend)
     monkeypatch.setattr(run, "last_logits", ways.last_logits)
 

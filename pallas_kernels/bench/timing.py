@@ -1,8 +1,8 @@
 """Time of kernels on the device, by CUPTI, the same way for ours, XLA's and a peer's.
 
 A figure is the median over calls of the summed durations of the kernels that one call launches. Gaps between launches
-are not in it, nor are copies, but for those that XLA launches in a graph, as kernels: the router's figure lacks 1.4 us
-for the four bytes of its semaphore, which a layer's has. Calls rotate among enough input sets to overflow the L2 cache.
+are not in it, nor are copies, but for those that XLA launches in a graph, as kernels. Calls rotate among enough input
+sets to overflow the L2 cache.
 """
 
 from __future__ import annotations

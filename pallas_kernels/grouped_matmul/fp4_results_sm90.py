@@ -116,18 +116,18 @@ class Codes(NamedTuple):
         meet()
         each, layout = self.tokens_at_once, registers(self.tokens_at_once)
         pieces = self.rows // each  # of a group, for as many consumers or fewer
+
+        def quantise(piece: Any) -> None:
+            g, start = lax.div(piece, pieces), lax.rem(piece, pieces) * each
+            tokens = pl.ds(start, each)
+            wide = plgpu.load(y_smem.at[g, tokens], layout=layout, optimized=False).astype(jnp.float32)
+            codes, scale = quantized(wide, self.form, layout)
+            group = tile * self.groups + g
+            here = pl.ds(block * self.rows + start, each)
+            rows_sm90.store_codes(codes_gmem.at[here, group], codes, layout, self.folded)
+            store_narrow(scale_gmem, (block, group, tokens), rows_sm90.scale_words(scale, self.form))
+
         for first in range(0, self.groups * pieces, self.warpgroups):
-
-            def quantise(piece: Any) -> None:
-                g, start = lax.div(piece, pieces), lax.rem(piece, pieces) * each
-                tokens = pl.ds(start, each)
-                wide = plgpu.load(y_smem.at[g, tokens], layout=layout, optimized=False).astype(jnp.float32)
-                codes, scale = quantized(wide, self.form, layout)
-                group = tile * self.groups + g
-                here = pl.ds(block * self.rows + start, each)
-                rows_sm90.store_codes(codes_gmem.at[here, group], codes, layout, self.folded)
-                store_narrow(scale_gmem, (block, group, tokens), rows_sm90.scale_words(scale, self.form))
-
             piece = first + warpgroup
             pl.when(piece < self.groups * pieces)(functools.partial(quantise, piece))
 

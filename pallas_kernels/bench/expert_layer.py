@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,9 +13,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.bench.case import Bench, Choice, disagreement
 from pallas_kernels.bench.operands import mxfp4_weights_of, weights_of
+from pallas_kernels.block_matmul.tiling import FewRows
+from pallas_kernels.grouped_matmul import one_token_tiling
 from pallas_kernels.grouped_matmul.cases import LayerCase
-from pallas_kernels.grouped_matmul.kernel_sm90 import experts
+from pallas_kernels.grouped_matmul.one_token_tiling import STEP_BLOCKS, Mxfp4Token, OneToken, TokenProduct
 from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
+from pallas_kernels.grouped_matmul.sm90 import tiled
+from pallas_kernels.grouped_matmul.tiling import MOST_STAGES
 from pallas_kernels.grouped_matmul.tilings import (
     BLOCK_ROWS,
     MXFP4_ROWS,
@@ -40,13 +45,14 @@ def bench(case: LayerCase) -> Bench:
     most = max(min(BLOCK_ROWS), 4 * m / min(m, case.experts))
     options = [rows for rows in (MXFP4_ROWS if case.mxfp4 else BLOCK_ROWS) if rows <= most]
     tilings = {rows: layer_tiling(*sizes, rows=rows, mxfp4=case.mxfp4) for rows in options}
-    tried = {rows: tiling for rows, tiling in tilings.items() if tiling is not None}
+    tried = {rows: tiling for rows, tiling in tilings.items() if isinstance(tiling, LayerTiling)}
+    alone = [chosen, *_others(case, chosen)] if isinstance(chosen, OneToken) else []
     return Bench(
         op="grouped_matmul",
         name=case.name,
         inputs=functools.partial(inputs, case),
         shared=functools.partial(weights, case),
-        ours={_name(tiling): functools.partial(run, case.limit, tiling) for tiling in tried.values()},
+        ours={_name(tiling): functools.partial(run, case.limit, tiling) for tiling in (*alone, *tried.values())},
         choices={
             _name(tiling): Choice("mxfp4_layer" if case.mxfp4 else "layer", layer_problem(*sizes), LayerRows(rows))
             for rows, tiling in tried.items()
@@ -114,7 +120,31 @@ def expected_hits(case: LayerCase) -> float:
     return case.experts * (1 - (1 - case.top / case.experts) ** case.tokens)
 
 
-def _name(tiling: LayerTiling) -> str:
+def _others(case: LayerCase, chosen: OneToken) -> Iterator[OneToken]:
+    """Each of its products cut in another way, in as many buffers as there is room for."""
+    for part, problem in one_token_tiling.products(case.d, case.i, case.top).items():
+        for tiling in _ways(case.mxfp4, problem):
+            if tiling != getattr(chosen, part):
+                yield dataclasses.replace(chosen, **{part: tiling})
+
+
+def _ways(mxfp4: bool, problem: TokenProduct) -> Iterator[FewRows | Mxfp4Token]:
+    cuts = itertools.product((1, 2, 4), (1, 2, 4) if mxfp4 else (1,), STEP_BLOCKS[:3], (1, 2, 3))
+    for teams, turns, blocks, shares in cuts:
+        if teams * turns > 4 or (turns > 1 and blocks != 4):
+            continue
+        for stages in range(MOST_STAGES - MOST_STAGES % turns, 1, -turns):
+            tiling = FewRows(blocks, stages, teams, 104 if teams > 2 else 160, shares)
+            if mxfp4:
+                tiling = Mxfp4Token(blocks, stages, teams, turns, shares)
+            if one_token_tiling.reason(tiling, problem) is None:
+                yield tiling
+                break
+
+
+def _name(tiling: LayerTiling | OneToken) -> str:
+    if isinstance(tiling, OneToken):
+        return f"one token {tiling.gate_up} {tiling.down}"
     return f"rows={tiling.rows} {tiling.gate_up} {tiling.down}"
 
 
@@ -149,10 +179,9 @@ def first_of(routing: Routing, tokens: int) -> Routing:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def run(limit: float, tiling: LayerTiling, sets: tuple[Any, Any]) -> jax.Array:
-    (x, routing), (w1, w3, w2) = sets
-    how = {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
-    return experts(x, w1, w3, w2, routing, limit=limit, **how)
+def run(limit: float, tiling: LayerTiling | OneToken, sets: tuple[Any, Any]) -> jax.Array:
+    (x, routing), weights = sets
+    return tiled(x, weights, routing, tiling, limit=limit, activations=FP8_GROUP)
 
 
 def xla(case: LayerCase) -> dict[str, Any]:

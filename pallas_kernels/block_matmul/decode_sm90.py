@@ -205,14 +205,7 @@ def few_rows(
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], y_gmem.at[tokens, pl.ds(row, WGMMA_ROWS)])
 
-                if tiling.shares == 1:
-                    finish(sums)
-                else:
-                    finisher = lax.rem(warpgroup, tiling.shares)
-                    shares.send(sums, finisher, exchanged, scratch)
-                    shares.sent(scratch)
-                    pl.when(lax.axis_index(AXIS) == finisher)(lambda: finish(shares.receive(exchanged, scratch)))
-                    shares.take(scratch)
+                shares.add_up(sums, exchanged, scratch, finish)
                 return carry + steps
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -12,11 +12,12 @@ into another thread block's memory, by a factor: each carries a fence of the who
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -40,7 +41,8 @@ def clusters(count: int, tiles: int) -> int:
 class Shares:
     """`parts` float32 arrays [rows, columns] that each of `warpgroups` gets from each of `count` thread blocks.
 
-    clusters: of the launch, on its axis "sm". With a count of 1 nothing is shared, and every dict and tuple is empty.
+    clusters: of the launch, on its axis "sm". each: neighbours of which only the first takes part, and is counted. With
+    a count of 1 nothing is shared, and every dict and tuple is empty.
     """
 
     count: int
@@ -49,6 +51,12 @@ class Shares:
     columns: int
     warpgroups: int
     clusters: int
+    each: int = 1
+
+    @property
+    def warpgroup(self) -> Any:
+        """Which one this is."""
+        return lax.div(lax.axis_index("warpgroup"), self.each)
 
     def launch(self) -> dict[str, Any]:
         return {"cluster": (self.count,), "cluster_names": (AXIS,)} if self.count > 1 else {}
@@ -69,15 +77,27 @@ class Shares:
         """By warpgroup, finisher and part."""
         return self.warpgroups, self.count, self.parts, self.rows, self.columns
 
+    def add_up(
+        self, parts: Sequence[jax.Array], outputs: Sequence[Any], scratch: dict[str, Any], then: Callable[..., None]
+    ) -> None:
+        """Calls `then` with the sums over all shares of a tile's parts, in the thread block that finishes them."""
+        if self.count == 1:
+            then(list(parts))
+            return
+        finisher = lax.rem(self.warpgroup, self.count)
+        self.send(parts, finisher, outputs, scratch)
+        self.sent(scratch)
+        pl.when(lax.axis_index(AXIS) == finisher)(lambda: then(self.receive(outputs, scratch)))
+        self.take(scratch)
+
     def send(self, parts: Sequence[jax.Array], to: Any, outputs: Sequence[Any], scratch: dict[str, Any]) -> None:
         """Puts a warpgroup's parts where thread block `to`, which finishes them, will read them."""
-        warpgroup = lax.axis_index("warpgroup")
         if is_interpreted():
             own = outputs[0].at[lax.axis_index("sm"), lax.axis_index(AXIS)]
         else:
             own = scratch["shares"]
         for at, part in enumerate(parts):
-            ref = own.at[warpgroup, to, at]
+            ref = own.at[self.warpgroup, to, at]
             if is_interpreted():
                 ref[...] = part
             else:
@@ -96,7 +116,7 @@ class Shares:
         return [self._sum(at, outputs, scratch) for at in range(self.parts)]
 
     def _sum(self, part: int, outputs: Sequence[Any], scratch: dict[str, Any]) -> jax.Array:
-        at = lax.axis_index("warpgroup"), lax.axis_index(AXIS), part
+        at = self.warpgroup, lax.axis_index(AXIS), part
         total = None
         for share in range(self.count):
             if is_interpreted():
@@ -114,6 +134,6 @@ class Shares:
         self._meet(scratch)
 
     def _meet(self, scratch: dict[str, Any]) -> None:
-        barrier = scratch["met"].at[lax.axis_index("warpgroup")]
+        barrier = scratch["met"].at[self.warpgroup]
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)

@@ -177,14 +177,7 @@ def matmul(
                         y_smem.at[warpgroup], y_gmem.at[pl.ds(token, tokens), pl.ds(row, WGMMA_ROWS)]
                     )
 
-                if tiling.shares == 1:
-                    write(sums)
-                else:
-                    finisher = lax.rem(warpgroup, tiling.shares)
-                    shares.send([sums], finisher, exchanged, scratch)
-                    shares.sent(scratch)
-                    pl.when(lax.axis_index(AXIS) == finisher)(lambda: write(*shares.receive(exchanged, scratch)))
-                    shares.take(scratch)
+                shares.add_up([sums], exchanged, scratch, lambda found: write(*found))
                 return carry + steps
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -9,7 +9,7 @@ blocks, so that a stage is slabs x blocks products of 64 x `rows` x 128, or four
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,12 +37,17 @@ class Slab(NamedTuple):
     tables: Any
 
 
+class Tokens(NamedTuple):
+    """Codes [rows, columns] of a stage, and the scales of K block b, [rows] by token, float32 or its bits."""
+
+    codes: Any
+    scales: Callable[[int], jax.Array]
+
+
 class Products(NamedTuple):
-    """Of a consumer. x, x_scale: by buffer. staged: for the interpreter. blocks: of a stage."""
+    """Of a consumer. staged: for the interpreter. blocks: of a stage."""
 
     slabs: Sequence[Slab]
-    x: Any
-    x_scale: Any
     staged: Any
     rows: int
     blocks: int
@@ -58,7 +63,7 @@ class Products(NamedTuple):
             for b in range(first, first + line)
         ]
 
-    def folded(self, slot: Any, inside: Any, beyond: Any, sums: Sums) -> tuple[Any, Sums]:
+    def folded(self, slot: Any, tokens: Tokens, inside: Any, beyond: Any, sums: Sums) -> tuple[Any, Sums]:
         """A stage with tables, `inside` of the columns whose scales are there.
 
         beyond: whether scales of these columns are too far apart for one pass, found where inside is 0.
@@ -80,7 +85,7 @@ class Products(NamedTuple):
                     e2m1.store_tables_of_one(slab.tables, slab.scales.at[slot], group)
 
             multiply = self.ahead if self.rows * len(slabs) <= AHEAD else self.one_by_one
-            return multiply(slot, first_block, sums)
+            return multiply(slot, tokens, first_block, sums)
 
         return beyond, lax.fori_loop(0, 1 + (e2m1.GROUPS - 1) * beyond, one_pass, sums)
 
@@ -97,7 +102,7 @@ class Products(NamedTuple):
             lines[at] = e2m1.load_packed(self.slabs[at].packed.at[slot, :, columns])
         return lines[at], b % line
 
-    def apart(self, slot: Any, inside: Any, beyond: Any, sums: Sums) -> tuple[Any, Sums]:
+    def apart(self, slot: Any, tokens: Tokens, inside: Any, beyond: Any, sums: Sums) -> tuple[Any, Sums]:
         """The same, a product for every 32 columns; those of a block are issued before the last block's are added."""
 
         @pl.when(inside == 0)
@@ -109,14 +114,14 @@ class Products(NamedTuple):
         added, lines, before = list(sums), {}, None
 
         def add(at: int, b: int, products: Any, left: int) -> None:
-            of_tokens = plgpu.load(self.x_scale.at[slot, b, pl.ds(0, self.rows)], layout=TOKENS)
+            of_tokens = tokens.scales(b)
             of_groups = e2m1_apart.load_scales(self.slabs[at].tables, first_block + b)
             for product, of_rows in zip(fresh_wgmma.wait(products, left), of_groups, strict=True):
                 added[at] = added[at] + product * e2m1.scale_products(of_rows, of_tokens)
 
         for at, b in self.order:
             codes = e2m1_apart.spread(*self.packed(slot, at, b, lines))
-            products = e2m1_apart.start(codes, self.x.at[slot, :, pl.ds(b * BLOCK, BLOCK)])
+            products = e2m1_apart.start(codes, tokens.codes.at[:, pl.ds(b * BLOCK, BLOCK)])
             if before is not None:
                 add(*before, left=1)
             before = at, b, products
@@ -124,14 +129,13 @@ class Products(NamedTuple):
         add(*before, left=0)
         return beyond, tuple(added)
 
-    def operand(self, slot: Any, b: int) -> Any:
-        return self.x.at[slot, :, pl.ds(b * BLOCK, BLOCK)].T
+    def operand(self, tokens: Tokens, b: int) -> Any:
+        return tokens.codes.at[:, pl.ds(b * BLOCK, BLOCK)].T
 
-    def scaled(self, product: jax.Array, scales: Any, slot: Any, b: int) -> jax.Array:
-        of_tokens = plgpu.load(self.x_scale.at[slot, b, pl.ds(0, self.rows)], layout=TOKENS)
-        return product * e2m1.scale_products(scales, of_tokens)
+    def scaled(self, product: jax.Array, scales: Any, tokens: Tokens, b: int) -> jax.Array:
+        return product * e2m1.scale_products(scales, tokens.scales(b))
 
-    def ahead(self, slot: Any, first_block: Any, sums: Sums) -> Sums:
+    def ahead(self, slot: Any, tokens: Tokens, first_block: Any, sums: Sums) -> Sums:
         """Of few rows: a product is issued before the last is added, for registers hold both."""
         order = self.order
 
@@ -141,11 +145,11 @@ class Products(NamedTuple):
             def add(i: int, in_flight: int) -> None:
                 at, b = order[i]
                 product = wgmma_accumulator_load(accumulators[i], wait_n=in_flight)
-                added[at] = added[at] + self.scaled(product, scales[i], slot, b)
+                added[at] = added[at] + self.scaled(product, scales[i], tokens, b)
 
             codes, *scales = self.look_up(slot, first_block, *order[0], lines)
             for i, (_, b) in enumerate(order):
-                e2m1.multiply(accumulators[i], codes, self.operand(slot, b), self.staged)
+                e2m1.multiply(accumulators[i], codes, self.operand(tokens, b), self.staged)
                 if order[i + 1 :]:
                     codes, following = self.look_up(slot, first_block, *order[i + 1], lines)
                     scales.append(following)
@@ -158,16 +162,16 @@ class Products(NamedTuple):
         shapes = [(WGMMA_ROWS, self.rows)] * len(order) + [(WGMMA_ROWS, 8)]
         return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-    def one_by_one(self, slot: Any, first_block: Any, sums: Sums) -> Sums:
+    def one_by_one(self, slot: Any, tokens: Tokens, first_block: Any, sums: Sums) -> Sums:
         """Of many rows: a product is added before the next is looked up; meanwhile the other consumer multiplies."""
         added, lines = list(sums), {}
         for at, b in self.order:
             codes, scales = self.look_up(slot, first_block, at, b, lines)
 
             def multiply(accumulator, codes=codes, b=b):
-                e2m1.multiply(accumulator, codes, self.operand(slot, b), self.staged)
+                e2m1.multiply(accumulator, codes, self.operand(tokens, b), self.staged)
                 return wgmma_accumulator_load(accumulator, wait_n=0)
 
             product = pl.run_scoped(multiply, plgpu.ACC((WGMMA_ROWS, self.rows), jnp.float32))
-            added[at] = added[at] + self.scaled(product, scales, slot, b)
+            added[at] = added[at] + self.scaled(product, scales, tokens, b)
         return tuple(added)

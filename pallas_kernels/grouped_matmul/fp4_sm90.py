@@ -52,9 +52,10 @@ from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, produce
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import rows_sm90
-from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab
+from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, TOKENS, Products, Slab, Tokens
 from pallas_kernels.grouped_matmul.fp4_results_sm90 import Codes, Plain
 from pallas_kernels.grouped_matmul.tiling import MOST_APART, SCALED, Mxfp4Rows
+from pallas_kernels.grouped_matmul.turns_sm90 import Turns
 from pallas_kernels.mosaic import e2m1_apart
 from pallas_kernels.mosaic import e2m1_folded as e2m1
 from pallas_kernels.mosaic.interpreter import is_interpreted
@@ -98,12 +99,13 @@ def expert_rows(
     as_codes = next_folded is not None
     results = Codes(*of_tile, out_dtype, next_folded) if as_codes else Plain(*of_tile, out_dtype)
     of_blocks = factors is not None and len(factors) < m
+    turns = Turns(teams, shares, parts * count, rows)
 
     def kernel(x_gmem, x_scale_gmem, w_gmems, w_scale_gmems, expert_gmem, count_gmem, factors_gmem, *outs, **scratch):
         x_smem, x_scale_smem, w_smem, w_scale_smem = (scratch[name] for name in ("x", "x_scale", "w", "w_scale"))
         filled, free = scratch["filled"], scratch["free"]
         warpgroup = lax.axis_index("warpgroup")
-        team, share = lax.div(warpgroup, shares), lax.rem(warpgroup, shares)
+        team, turn = turns.team, turns.turn
         loop = {"grid": (count_gmem[0], tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         @pl.when(warpgroup == warpgroups)
@@ -138,32 +140,10 @@ def expert_rows(
             plgpu.set_max_registers(tiling.registers, action="increase")
             slabs = [slab_of(j, p) for j in range(count) for p in range(parts)]
             staged = scratch["staged"].at[warpgroup] if is_interpreted() else None
-            products = Products(slabs, x_smem, x_scale_smem, staged, rows, tiling.blocks)
+            products = Products(slabs, staged, rows, tiling.blocks)
 
-            def of_team(sums, then):
-                """`then` with the sums of the whole team, for its first."""
-
-                def meet():
-                    plgpu.barrier_arrive(scratch["met"].at[team])
-                    plgpu.barrier_wait(scratch["met"].at[team])
-
-                @pl.when(share > 0)
-                def _send():
-                    for at, total in enumerate(sums):
-                        scratch["sent"][team, share - 1, at] = total
-                    meet()
-                    meet()  # what was sent is read
-
-                @pl.when(share == 0)
-                def _receive():
-                    meet()
-                    load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA, optimized=False)
-                    whole = list(sums)
-                    for other in range(shares - 1):
-                        found = [load(scratch["sent"].at[team, other, at]) for at in range(len(sums))]
-                        whole = [a + b for a, b in zip(whole, found, strict=True)]
-                    meet()
-                    then(whole)
+            def scales_of(slot, b):
+                return plgpu.load(x_scale_smem.at[slot, b, pl.ds(0, rows)], layout=TOKENS)
 
             def finish(place, sums):
                 block, tile = place
@@ -179,21 +159,19 @@ def expert_rows(
             @plgpu.nd_loop(**loop)
             def _tiles(info, carry):
                 def step(i, state):
-                    i = i * shares + share
+                    i = i * shares + turn
                     slot = lax.rem(carry + i, stages)
                     plgpu.barrier_wait(filled.at[slot])
                     inside = lax.rem(i, SCALED // depth)  # of the columns whose scales are there
-                    state = (products.folded if tiling.folded else products.apart)(slot, inside, *state)
+                    tokens = Tokens(x_smem.at[slot], functools.partial(scales_of, slot))
+                    state = (products.folded if tiling.folded else products.apart)(slot, tokens, inside, *state)
                     plgpu.commit_smem()  # this warpgroup has read the buffers, and not only through wgmma
                     plgpu.barrier_arrive(free.at[slot])
                     return state
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
                 _, sums = lax.fori_loop(0, steps // shares, step, (jnp.int32(0), (zero,) * len(slabs)))
-                if shares > 1:
-                    of_team(sums, functools.partial(finish, info.index))
-                else:
-                    finish(info.index, sums)
+                turns.add_up(sums, scratch, functools.partial(finish, info.index))
                 return carry + steps
 
             results.finish()
@@ -208,10 +186,8 @@ def expert_rows(
         "filled": plgpu.Barrier(num_arrivals=2 + 2 * count, num_barriers=stages),
         "free": plgpu.Barrier(num_arrivals=teams, num_barriers=stages),
         **results.scratch(),
+        **turns.scratch(),
     }
-    if shares > 1:
-        scratch_types["sent"] = plgpu.SMEM((teams, shares - 1, parts * count, WGMMA_ROWS, rows), jnp.float32)
-        scratch_types["met"] = plgpu.Barrier(num_arrivals=shares, num_barriers=teams)
     if is_interpreted():
         scratch_types["staged"] = plgpu.SMEM((warpgroups, WGMMA_ROWS, BLOCK), x.dtype, transforms=swizzled(1))
     outs = plgpu.kernel(

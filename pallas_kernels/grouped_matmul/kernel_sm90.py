@@ -4,7 +4,7 @@ Rows are laid out in blocks of one expert each, padded to whole blocks (lay_out_
 expert's weights, writes where no other does, and no expert that was not hit is read. Of FP8 weights, few rows a block
 run on block_matmul's decode kernel, many on its tiled one; of MXFP4 weights, all on fp4_sm90.py. The routing weight
 multiplies before the second projection, whose input is rounded to 1x128 FP8 again; its rows are summed per token in
-float32, in the order of the token's experts.
+float32, in the order of the token's experts. One token alone has kernels of its own (one_token_layer_sm90.py).
 
 Bound: the weights of the experts that are hit, or their FLOPs. On an H200, 256 experts [2048, 4096], six a token, 1 /
 16 / 128 / 4096 tokens: 47 / 488 / 1468 / 2029 us, 67 / 87 / 87 / 67 % of the bytes' limit, 0.97 to 1.09 of its two
@@ -25,6 +25,7 @@ from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK
 from pallas_kernels.block_matmul.results_sm90 import makes_codes
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
+from pallas_kernels.grouped_matmul.activate import activate
 from pallas_kernels.grouped_matmul.combine_sm90 import combine
 from pallas_kernels.grouped_matmul.fp4_sm90 import expert_rows
 from pallas_kernels.grouped_matmul.gather_sm90 import gather
@@ -57,13 +58,8 @@ def experts(
     of the type of FP8 weights' ones.
     """
 
-    def activate(gate, up, factor):
-        if limit:
-            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        across = (0,) if isinstance(gate_up, ManyRows) else (1,)
-        hidden = gate / (1 + jnp.exp(-gate)) * up
-        return hidden * jax.lax.broadcast_in_dim(factor, hidden.shape, across)
-
+    across = 0 if isinstance(gate_up, ManyRows) else 1  # the axis of tokens
+    epilogue = functools.partial(activate, limit=limit, across=across)
     blocks = lay_out(routing, rows)
     multiply = functools.partial(_multiply, blocks=blocks, rows=rows)
     if isinstance(gate_up, Mxfp4Rows) and isinstance(down, Mxfp4Rows):
@@ -72,7 +68,7 @@ def experts(
         at_once = x.dtype == jnp.bfloat16 and gate_up.rows % BLOCK == 0
         form = activations if at_once else x.dtype
         rows_of_x = quantise(x, gathered=True, folded=gate_up.folded)
-        how = {"epilogue": activate, "next_folded": down.folded if at_once else None}
+        how = {"epilogue": epilogue, "next_folded": down.folded if at_once else None}
         made = multiply(*rows_of_x, (w1, w3), gate_up, form, **how)
         codes, scale = made if at_once else quantise(made, gathered=False, folded=down.folded)
         out = multiply(codes, scale, (w2,), down, x.dtype)
@@ -85,7 +81,7 @@ def experts(
             gathered = _gathered(x, blocks, activations)
         # Where a tile has whole groups of channels, hidden rows are quantised by the kernel that they come from.
         at_once = x.dtype == jnp.bfloat16 and isinstance(gate_up, ManyRows) and makes_codes(gate_up)
-        made = multiply(*gathered, (w1, w3), gate_up, activations if at_once else x.dtype, epilogue=activate)
+        made = multiply(*gathered, (w1, w3), gate_up, activations if at_once else x.dtype, epilogue=epilogue)
         if at_once:
             codes, scale = made
         else:

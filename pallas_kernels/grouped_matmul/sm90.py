@@ -23,6 +23,7 @@ from pallas_kernels.block_matmul.tilings import Problem, default_many_rows
 from pallas_kernels.formats import MXFP4, QuantFormat, format_name
 from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.gradient import OBSERVED, with_gradient
+from pallas_kernels.grouped_matmul.one_token_tiling import OneToken
 from pallas_kernels.grouped_matmul.tiling import SCALED, default_mxfp4
 from pallas_kernels.grouped_matmul.tilings import LayerTiling
 from pallas_kernels.products import static_scale, stored
@@ -122,16 +123,24 @@ def _experts(
     activations: QuantFormat,
     batch_invariant: bool,
 ) -> jax.Array:
-    from pallas_kernels.grouped_matmul import kernel_sm90  # Pallas is slow to import
-
     tiling = _tiling(x, w1, routing, batch_invariant)
     assert tiling is not None, "unsupported_reason refuses what no tiling fits"
-    how: Any = {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
     _, i, d = _whole(w1)
-    w1, w3, w2 = filled(w1, i, d), filled(w3, i, d), filled(w2, d, i)
+    weights = filled(w1, i, d), filled(w3, i, d), filled(w2, d, i)
     tokens = jnp.pad(x, ((0, 0), (0, d - x.shape[1])))
-    y = kernel_sm90.experts(tokens, w1, w3, w2, routing, limit=limit, activations=activations, **how)
-    return y[:, : x.shape[1]]
+    return tiled(tokens, weights, routing, tiling, limit=limit, activations=activations)[:, : x.shape[1]]
+
+
+def tiled(
+    x: jax.Array, weights: tuple[Any, Any, Any], routing: Routing, tiling: LayerTiling | OneToken, **how: Any
+) -> jax.Array:
+    """The layer of w1, w3 and w2 by the kernels that a tiling is for. how: limit and activations."""
+    from pallas_kernels.grouped_matmul import kernel_sm90, one_token_layer_sm90  # Pallas is slow to import
+
+    if isinstance(tiling, OneToken):
+        return one_token_layer_sm90.experts(x, *weights, routing, tiling=tiling, **how)
+    how |= {"rows": tiling.rows, "gate_up": tiling.gate_up, "down": tiling.down}
+    return kernel_sm90.experts(x, *weights, routing, **how)
 
 
 def _whole(w1: Any) -> tuple[int, int, int]:
@@ -141,7 +150,7 @@ def _whole(w1: Any) -> tuple[int, int, int]:
     return count, whole(i, block), whole(d, block)
 
 
-def _tiling(x: jax.Array, w1: Any, routing: Routing, batch_invariant: bool) -> LayerTiling | None:
+def _tiling(x: jax.Array, w1: Any, routing: Routing, batch_invariant: bool) -> LayerTiling | OneToken | None:
     (tokens, top), (count, i, d) = routing.experts.shape, _whole(w1)
     how = {"mxfp4": is_mxfp4(w1), "batch_invariant": batch_invariant}
     return layer_tiling(tokens, top, count, d, i, x.dtype, **how)
@@ -157,7 +166,7 @@ def layer_tiling(
     *,
     mxfp4: bool = False,
     batch_invariant: bool = False,
-) -> LayerTiling | None:
+) -> LayerTiling | OneToken | None:
     """By the rows that an expert has on average, as measured; in float32, which is not for speed, one that always fits.
 
     Tables are of bfloat16. Tiles of float32 on their way out take as much more shared memory as one buffer less leaves.

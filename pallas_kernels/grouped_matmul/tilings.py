@@ -10,6 +10,8 @@ from pallas_kernels.block_matmul import tilings
 from pallas_kernels.block_matmul.table import load
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.block_matmul.tilings import Problem, choose
+from pallas_kernels.grouped_matmul import one_token_tiling
+from pallas_kernels.grouped_matmul.one_token_tiling import OneToken
 from pallas_kernels.grouped_matmul.tiling import (
     Mxfp4Rows,
     default_mxfp4,
@@ -104,11 +106,15 @@ def layer_tiling(
     rows: int | None = None,
     mxfp4: bool = False,
     batch_invariant: bool = False,
-) -> LayerTiling | None:
+) -> LayerTiling | OneToken | None:
     """Of a layer with blocks of `rows`; None: as many as was measured to be best, or as an expert has on average.
 
-    mxfp4: what the weights are; else FP8. None where no tiling fits: d or i no multiple of 128, or of 512 for MXFP4.
+    One token has kernels of its own, but where rows are given or its bits are to be those it has among others. mxfp4:
+    what the weights are; else FP8. None where no tiling fits: d or i no multiple of 128, or of 512 for MXFP4.
     """
+    if tokens == 1 and rows is None and not batch_invariant:
+        if found := one_token_tiling.default(d, i, top, mxfp4=mxfp4):
+            return found
     m = tokens * top
     of_block = rows or _rows_of_layer(layer_problem(tokens, top, experts, d, i), mxfp4)
     how = {"experts": experts, "rows": of_block, "batch_invariant": batch_invariant}

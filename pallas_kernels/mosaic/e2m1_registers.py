@@ -69,7 +69,7 @@ def _permuted(low: ir.Value, high: ir.Value, order: ir.Value) -> ir.Value:
 
 
 def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
-    for value, row, word in _four_neighbours(codes_gmem, codes):
+    for value, row, word in _four_neighbours(codes, _row_stride(codes_gmem)):
         # Word w of the eight of a group of 32 columns becomes word w / 2, in the second half if w is odd.
         inside = arith.addi(arith.shrui(_masked(word, 7), _constant(1)), arith.shli(_masked(word, 1), _constant(2)))
         byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(inside, _constant(2)))
@@ -77,22 +77,31 @@ def store_halves(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -
 
 
 def store_evens(_ctx: Any, codes_gmem: ir.Value, codes: mgpu.FragmentedArray) -> None:
+    put_evens(codes_gmem, codes, _row_stride(codes_gmem))
+
+
+def put_evens(ref: ir.Value, codes: mgpu.FragmentedArray, stride: int) -> None:
+    """Rows of codes [G, 128] `stride` bytes apart, the even ones of every 32 columns in front."""
     half = ir.IntegerType.get_signless(16)
-    for value, row, word in _four_neighbours(codes_gmem, codes):
+    for value, row, word in _four_neighbours(codes, stride):
         # Columns 4w to 4w + 3 of a group of 32 become bytes 2w and 2w + 1 of its first half, and of its second.
         byte = arith.addi(arith.shli(_masked(word, ~7), _constant(2)), arith.shli(_masked(word, 7), _constant(1)))
         apart = _permuted(value, value, _constant(0x3120))  # the even ones in the lower half
         for odd in range(2):
             found = arith.trunci(half, arith.shrui(apart, _constant(16 * odd)))
             place = arith.addi(row, arith.addi(byte, _constant(GROUP // 2 * odd)))
-            llvm.store(vector.broadcast(ir.VectorType.get((1,), half), found), _address(codes_gmem, place), alignment=2)
+            llvm.store(vector.broadcast(ir.VectorType.get((1,), half), found), _address(ref, place), alignment=2)
 
 
-def _four_neighbours(
-    codes_gmem: ir.Value, codes: mgpu.FragmentedArray
-) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+def put_words(ref: ir.Value, codes: mgpu.FragmentedArray, stride: int) -> None:
+    """Rows of codes [G, 128] `stride` bytes apart, as they are."""
+    for value, row, word in _four_neighbours(codes, stride):
+        place = arith.addi(row, arith.shli(word, _constant(2)))
+        llvm.store(vector.broadcast(_words(1), value), _address(ref, place), alignment=WORD)
+
+
+def _four_neighbours(codes: mgpu.FragmentedArray, stride: int) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
     """Every word of four codes that a thread has, the first byte of its row, and which word of the row it is."""
-    stride = ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
     starts = codes.layout.thread_idxs(codes.shape)
     for register, (group, column) in zip(codes.registers.flat, starts, strict=True):
         words = ir.VectorType(register.type).shape[0] // WORD
@@ -100,6 +109,10 @@ def _four_neighbours(
         row, first = _at((group, stride)), arith.shrui(arith.index_cast(_word(), column), _constant(2))
         for i in range(words):
             yield vector.extract(values, [], [i]), row, arith.addi(first, _constant(i))
+
+
+def _row_stride(codes_gmem: ir.Value) -> int:
+    return ir.MemRefType(codes_gmem.type).get_strides_and_offset()[0][0]
 
 
 def spread(block: int, magnitude: int, sign: int, _ctx: Any, packed: mgpu.FragmentedArray) -> mgpu.FragmentedArray:

@@ -8,11 +8,12 @@ What one warpgroup of a thread block does:
 3. For each row of its token it counts the rows that sort before it, which is the row's place in the order; the first
    thread block also counts each expert's rows.
 
-What is handed over are words that are there when they are not 0 (words_sm90.py). The other warpgroup clears those that
-its thread block will wait for while the matrix is loaded, and waits until all thread blocks have done so, which takes a
-semaphore. Thread blocks wait for one another: there are no more than multiprocessors. The simulated GPU, which has no
-semaphores, runs three launches. For the same number of tokens, a token's scores, experts and weights depend on no
-other; that number may decide into how many parts K is split, and so the order of sums.
+What is handed over are words that are there when they are not 0 (words_sm90.py). Few words are zeros that XLA makes, in
+a launch before. Of many, another warpgroup clears those that its thread block will wait for while the matrix is loaded,
+and waits until all thread blocks have done so, which takes a semaphore, and XLA a copy for that. Thread blocks wait for
+one another: there are no more than multiprocessors. The simulated GPU, which has no semaphores, runs three launches.
+For the same number of tokens, a token's scores, experts and weights depend on no other; that number may decide into how
+many parts K is split, and so the order of sums.
 
 Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two hand-overs (one for one
 token) and the choice. One token takes 4.9 us on an H200, of which 3.5 pass until partial logits are handed over and 1.3
@@ -24,6 +25,7 @@ until the choice is made; 8 tokens take 5.5. XLA copies the semaphore's four byt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,7 @@ from pallas_kernels.router.token_sm90 import Rules, choose, clear, filled_up, pl
 from pallas_kernels.router.words_sm90 import of_float, publish
 
 INTERPRETED_BLOCKS = 8  # that multiply
+MOST_ZEROS = 1 << 18  # bytes of words that XLA clears: that takes less than a semaphore's copy
 CLEARS, MULTIPLIES = 1, 0  # which warpgroup
 
 
@@ -81,6 +84,22 @@ class Plan:
         return logits, chosen
 
     @property
+    def zeroed(self) -> bool:
+        """Whether words are there as zeros."""
+        return 4 * self.zeros.size <= MOST_ZEROS
+
+    @property
+    def zeros(self) -> jax.ShapeDtypeStruct:
+        """All words one behind the other: clearing them is one launch. One token's choice is handed to nobody."""
+        logits, chosen = self.words
+        return jax.ShapeDtypeStruct((logits.size + chosen.size * (self.tokens > 1),), jnp.int32)
+
+    def apart(self, words: Any) -> tuple[Any, Any]:
+        """The two of `zeros`."""
+        logits, chosen = (array.size for array in self.words)
+        return words.at[pl.ds(0, logits)], words.at[pl.ds(logits, chosen)] if self.tokens > 1 else None
+
+    @property
     def chosen(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         k, tokens = self.rules.k, self.tokens
         shapes = ((tokens, k), jnp.int32), ((tokens, k), jnp.float32), ((tokens, self.experts), jnp.float32)
@@ -103,13 +122,18 @@ def launch(kernel: Callable[..., None], out_type: Any, blocks: int, scratch: Any
     return plgpu.kernel(kernel, out_type=out_type, scratch_types=scratch, **names)(*inputs)
 
 
+@functools.partial(jax.jit, static_argnums=0)  # no array has a gradient here, and so jax does not look inside
 def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routing:
+    """By one launch, with words that it clears or, behind one of XLA's, gets as zeros."""
     to_choose, to_place = scratch(plan.experts)
 
     def kernel(
-        x_gmem, weight_gmem, bias_gmem, given_gmem, logits_words, chosen_words, experts_gmem, weights_gmem, scores_gmem,
-        counts_gmem, order_gmem, *, products_smem, scores_smem, keys_smem, cleared, **of_place,
+        x_gmem, weight_gmem, bias_gmem, given_gmem, *words, products_smem, scores_smem, keys_smem, cleared=None,
+        **of_place,
     ):  # fmt: skip
+        *words, experts_gmem, weights_gmem, scores_gmem, counts_gmem, order_gmem = words
+        logits_words, chosen_words = words if len(words) > 1 else plan.apart(*words)
+
         def choose_one(token: Any) -> list[jax.Array]:
             outs = experts_gmem, weights_gmem, scores_gmem, chosen_words
             buffers = {"scores_smem": scores_smem, "keys_smem": keys_smem}
@@ -124,15 +148,10 @@ def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routin
         def meanwhile() -> None:
             if plan.tokens > 1:
                 clear(of_place["bins_smem"])
-            plgpu.barrier_wait(cleared)
+            if cleared is not None:
+                plgpu.barrier_wait(cleared)
 
-        @pl.when(lax.axis_index("warpgroup") == CLEARS)
-        def _clears():
-            clear_words(plan, logits_words, chosen_words)
-            plgpu.barrier_arrive(cleared)
-
-        @pl.when(lax.axis_index("warpgroup") == MULTIPLIES)
-        def _routes():
+        def routes() -> None:
             multiply(plan, x_gmem, weight_gmem, logits_words, products_smem=products_smem, meanwhile=meanwhile)
             if plan.tokens == 1:
                 each_token(1, lambda token: place_alone(choose_one(token), counts_gmem, order_gmem))
@@ -142,11 +161,25 @@ def launched(plan: Plan, x: Any, weight: Any, bias: Any, experts: Any) -> Routin
                 each_token(plan.tokens, choose_one)
                 each_token(plan.tokens, place_one)
 
-    buffers = plan.scratch | to_choose | to_place | {"cleared": plgpu.Barrier()}
-    outs = launch(
-        kernel, (*plan.words, *plan.chosen, *plan.placed), plan.blocks, buffers, x, weight, bias, experts,
-        num_threads=2, thread_name="warpgroup",
-    )  # fmt: skip
+        if plan.zeroed:
+            routes()
+            return
+
+        @pl.when(lax.axis_index("warpgroup") == CLEARS)
+        def _clears():
+            clear_words(plan, logits_words, chosen_words)
+            plgpu.barrier_arrive(cleared)
+
+        pl.when(lax.axis_index("warpgroup") == MULTIPLIES)(routes)
+
+    buffers, results = plan.scratch | to_choose | to_place, (*plan.chosen, *plan.placed)
+    inputs = x, weight, bias, experts
+    if plan.zeroed:
+        words = jax.new_ref(jnp.zeros(plan.zeros.shape, plan.zeros.dtype))
+        return Routing(*launch(kernel, results, plan.blocks, buffers, *inputs, words))
+    how = {"num_threads": 2, "thread_name": "warpgroup"}
+    buffers |= {"cleared": plgpu.Barrier()}
+    outs = launch(kernel, (*plan.words, *results), plan.blocks, buffers, *inputs, **how)
     return Routing(*outs[len(plan.words) :])
 
 

@@ -14,6 +14,7 @@ from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.grouped_matmul import api as experts_api
 from pallas_kernels.grouped_matmul import experts, sm90
 from pallas_kernels.grouped_matmul import tilings as layer_tilings
+from pallas_kernels.grouped_matmul.one_token_tiling import OneToken
 from pallas_kernels.grouped_matmul.reference import expert_down, expert_gate_up
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.quant import FORMATS, FP8_BLOCK, FP8_GROUP, MXFP4, QuantTensor, TreatedWeight
@@ -210,8 +211,9 @@ def test_rows_of_a_block_follow_those_of_an_expert():
     """Blocks of a whole tile for many rows; and for float32, which has no table of its own."""
     for mxfp4 in (False, True):
         find = functools.partial(sm90.layer_tiling, top=6, experts=256, d=4096, i=2048, dtype=jnp.bfloat16, mxfp4=mxfp4)
-        rows = [find(tokens).rows for tokens in (1, 128, 1024, 16384)]
+        rows = [find(tokens).rows for tokens in (2, 128, 1024, 16384)]
         assert rows == sorted(rows) and rows[0] <= 16 and rows[-1] >= 64
+        assert isinstance(find(1), OneToken) and find(1, batch_invariant=True).rows == rows[0]
     assert sm90.layer_tiling(1, 6, 256, 4096, 2048, jnp.float32).rows == 128
 
 

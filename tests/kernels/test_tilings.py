@@ -19,6 +19,7 @@ from pallas_kernels.block_matmul.tilings import (
 )
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.grouped_matmul import tilings as grouped
+from pallas_kernels.grouped_matmul.one_token_tiling import OneToken
 
 NO_TABLE = TABLE.with_name("none.json")
 
@@ -95,8 +96,10 @@ def test_every_expert_case_has_a_tiling(case):
 
 def test_a_layer_has_tilings():
     for case in grouped_cases.LAYERS:
-        found = grouped.layer_tiling(case.tokens, case.top, case.experts, case.d, case.i)
+        sizes = case.tokens, case.top, case.experts, case.d, case.i
+        found = grouped.layer_tiling(*sizes, rows=8 if case.tokens == 1 else None)
         assert found and found.rows in grouped.BLOCK_ROWS
+        assert isinstance(grouped.layer_tiling(*sizes), OneToken) == (case.tokens == 1)
     assert grouped.layer_tiling(4, 2, 8, 256, 64) is None  # K of 64: half a scale
     wide = grouped.layer_tiling(4096, 6, 256, 4096, 2048, rows=128)
     assert isinstance(wide.gate_up, ManyRows) and wide.gate_up.split == "rows"

@@ -16,7 +16,6 @@ token are in registers of its lane, so that nothing moves between threads. Bound
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +24,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
-from pallas_kernels.hyper_connection.project_sm90 import ROW, SQUARES
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing, Unsaid
+from pallas_kernels.hyper_connection.partials_sm90 import ROW, SQUARES, Partials, Words
 from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
 from pallas_kernels.hyper_connection.tiling import FINISHERS, MIXED, STREAMS, TILE
 from pallas_kernels.mosaic import lane_rows
@@ -59,25 +58,21 @@ def scratch(of: Cut) -> dict[str, Any]:
 
 
 def make_coefficients(
-    partial_gmem: Any,
+    partials: Partials | Words,
     base_gmem: Any,
     scale_gmem: Any,
     post_gmem: Any,
     comb_gmem: Any,
     *,
     share: Share,
-    ring: int,
     columns: int,
     numbers: Numbers,
-    handover: Handover | Nothing,
+    handover: Handover | Unsaid | Nothing,
     mixed: Any,
     ready: Any,
     read: Any,
 ) -> None:
-    """Sums of partials, `post` and `comb` of the thread block's tokens, by one warpgroup.
-
-    ring: tiles of a team's that partial_gmem holds.
-    """
+    """Sums of partials, `post` and `comb` of the thread block's tokens, by one warpgroup."""
     base = [base_gmem[o] for o in range(MIXED)]
     scale = [scale_gmem[i] for i in range(3)]
 
@@ -88,9 +83,9 @@ def make_coefficients(
         with jax.named_scope("wait for partials"):
             handover.wait_for(first)
         with jax.named_scope("sum"):
-            loaded = [load_partials(partial_gmem.at[:, :, share.row(i, ring)]) for i in rounds]
-            for i, partials in zip(rounds, loaded, strict=True):
-                mixed.at[lax.rem(i, SLOTS)][pl.ds(0, ROW)] = summed(partials)
+            loaded = [partials.load(i) for i in rounds]
+            for i, of_token in zip(rounds, loaded, strict=True):
+                mixed.at[lax.rem(i, SLOTS)][pl.ds(0, ROW)] = summed(of_token)
                 plgpu.barrier_arrive(ready.at[lax.rem(i, ready.shape[0])])
 
     @pl.loop(0, lax.div(share.rounds + BATCH - 1, BATCH))
@@ -112,12 +107,6 @@ def make_coefficients(
             lane_rows.store(comb_gmem, tokens, sinkhorn(logits[2 * STREAMS :], numbers))
 
 
-def load_partials(partial_gmem: Any) -> list[jax.Array]:
-    """A token's, [groups, each, 32]: [groups, 32] as often as `each`."""
-    groups, each, _ = partial_gmem.shape
-    return [plgpu.load(partial_gmem.at[:, c], layout=part_lanes(groups), optimized=False) for c in range(each)]
-
-
 def summed(sums: list[jax.Array]) -> jax.Array:
     """[32] in each warp's lanes, of a token's partials.
 
@@ -126,13 +115,6 @@ def summed(sums: list[jax.Array]) -> jax.Array:
     while len(sums) > 1:
         sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
     return jnp.sum(sums[0], axis=0)
-
-
-def part_lanes(groups: int) -> Any:
-    """How a warpgroup has [groups, 32]: a lane for each column, groups over as many warps as divide them."""
-    warps = math.gcd(groups, 4)
-    warp_dims = {4: (-3,), 2: (plgpu.Replicated(2), -3), 1: (plgpu.Replicated(4),)}[warps]
-    return plgpu.Layout.TILED(plgpu.Tiling(((warps, ROW), (1,))), warp_dims, (-2,), -1)
 
 
 def sinkhorn(logits: list[jax.Array], numbers: Numbers) -> list[jax.Array]:

@@ -26,13 +26,15 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.hyper_connection import codes_sm90
 from pallas_kernels.hyper_connection.codes_sm90 import neighbours
 from pallas_kernels.hyper_connection.coefficients_sm90 import BATCH, SLOTS, Numbers, sigmoid
-from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
-from pallas_kernels.hyper_connection.project_sm90 import SQUARES
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing, Unsaid
+from pallas_kernels.hyper_connection.partials_sm90 import SQUARES
 from pallas_kernels.hyper_connection.share_sm90 import Share
 from pallas_kernels.hyper_connection.tiling import CHUNK, FINISHERS, STREAMS, PreTiling
 from pallas_kernels.mosaic import warp_sums
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import store_narrow
+
+MOST_EARLY = 7168  # columns of streams that registers hold beside x and the norm's weight
 
 
 def scratch(width: int, tiling: PreTiling) -> dict[str, Any]:
@@ -56,7 +58,8 @@ def finish(
     form: QuantFormat | None,
     share: Share,
     numbers: Numbers,
-    handover: Handover | Nothing,
+    handover: Handover | Unsaid | Nothing,
+    few: bool,
     mixed: Any,
     ready: Any,
     read: Any,
@@ -68,10 +71,12 @@ def finish(
     """x of the thread block's tokens, by one of two warpgroups.
 
     streams_gmem: [m, 4 D / 128, 128]. outs_gmem: for x, and if there is a `form` for its codes and their scales.
+    few: whether tokens are few. Then its numbers are what a token waits for, and its streams are in registers before.
     """
     tokens, width = streams_gmem.shape[0], streams_gmem.shape[1] * CHUNK // STREAMS
     columns = pl.ds(finisher * (width // FINISHERS), width // FINISHERS)
     layout = neighbours(width // FINISHERS)
+    early = few and width <= MOST_EARLY
     base, scale = [base_gmem[o] for o in range(STREAMS)], scale_gmem[0]
 
     def ask_for_streams(i: Any) -> None:
@@ -84,9 +89,13 @@ def finish(
         token = held.at[lax.rem(i, held.shape[0])]
         if is_interpreted():  # it has no views of other shapes
             chunks = width // FINISHERS // CHUNK
-            return token[pl.ds((FINISHERS * s + finisher) * chunks, chunks)].reshape(-1).astype(jnp.float32)
+            return token[pl.ds((FINISHERS * s + finisher) * chunks, chunks)].reshape(-1)
         of_streams = token.reshape(STREAMS, width)
-        return plgpu.load(of_streams.at[s, columns], layout=layout, optimized=False).astype(jnp.float32)
+        return plgpu.load(of_streams.at[s, columns], layout=layout, optimized=False)
+
+    def wait_for_streams(i: jax.Array) -> None:
+        with jax.named_scope("wait for streams"):
+            plgpu.barrier_wait(arrived.at[lax.rem(i, held.shape[0])])
 
     for i in range(held.shape[0]):
         ask_for_streams(jnp.int32(i))
@@ -100,15 +109,21 @@ def finish(
 
     @pl.loop(0, share.rounds)
     def _round(i):
+        loaded = []
+        if early:
+            wait_for_streams(i)
+            loaded = [stream(i, s) for s in range(STREAMS)]
         with jax.named_scope("wait for numbers"):
             weights = weights_of(i)
         batch = lax.div(i, BATCH)
         wanted_again = (lax.rem(i, BATCH) == BATCH - 1) & ((batch + 2) * BATCH < share.rounds)
         pl.when(wanted_again)(lambda: plgpu.barrier_arrive(read.at[lax.rem(batch, 2)]))
-        with jax.named_scope("wait for streams"):
-            plgpu.barrier_wait(arrived.at[lax.rem(i, held.shape[0])])
+        if not early:
+            wait_for_streams(i)
         with jax.named_scope("sum streams"):
-            wide = functools.reduce(jnp.add, [weight * stream(i, s) for s, weight in enumerate(weights)])
+            of_streams = loaded if early else (stream(i, s) for s in range(STREAMS))  # one after the other
+            weighted = [weight * of_one.astype(jnp.float32) for weight, of_one in zip(weights, of_streams, strict=True)]
+            wide = functools.reduce(jnp.add, weighted)
         handover.have_read(i)
         turn = lax.rem(i, 2)
         with jax.named_scope("sum squares"):

@@ -69,6 +69,30 @@ class Handover(NamedTuple):
             plgpu.barrier_arrive(self.finished.at[lax.rem(j, self.lag)])
 
 
+class Unsaid(NamedTuple):
+    """Where partials are words that say themselves that they are there, and a thread block's tiles not more than `lag`.
+
+    stored: a barrier of the thread block for each of the team's tiles: it has stored its partials of it.
+    """
+
+    share: Share
+    stored: Any
+
+    def may_load(self, _: Any) -> None: ...
+
+    def done(self, i: jax.Array) -> None:
+        plgpu.barrier_arrive(self.stored.at[i])
+
+    def wait_for(self, i: jax.Array) -> None:
+        """Until the thread block has stored its own partials: who looks for others' earlier slows down their loads."""
+
+        @pl.loop(self.share.tiles_begun(i), self.share.tiles_begun(i + 1))
+        def _tile(j):
+            plgpu.barrier_wait(self.stored.at[j])
+
+    def have_read(self, _: Any) -> None: ...
+
+
 class Nothing:
     """For the simulated GPU: every launch finds what it needs in memory."""
 

@@ -5,9 +5,12 @@ Thread blocks form teams that have the same tiles of 64 tokens, each member a pa
 1. make coefficients (coefficients_sm90.py): sums of the partials of a few tokens of each tile, their `post` and `comb`;
 2, 3. finish (finish_sm90.py): those tokens' x; before, they split two thirds of the matrix for warpgroup 0.
 4. where tokens are many, tells the others of partials (handover_sm90.py), which takes longer than a tile's products.
-A team's members hand partials over in device memory: whoever has written a tile's says so at its semaphore. There are
-no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag` tiles ahead of those
-it has finished, so that finishers find their streams in the L2 cache.
+A team's members hand partials over in device memory (partials_sm90.py): whoever has written a tile's says so at its
+semaphore. There are no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag`
+tiles ahead of those it has finished, so that finishers find their streams in the L2 cache.
+Few tokens' partials are words in memory that XLA has cleared, and are there when they are not 0: that takes one way
+through the L2 cache, a semaphore three, and XLA a copy for that. Warpgroup 1 then splits a third of the matrix, so that
+warpgroup 0 sums squares meanwhile, and finishers have their streams in registers when a token's numbers come.
 
 The simulated GPU has no semaphores, and runs two launches.
 Bound: (2 n + 2) m D bytes over memory's bandwidth; from the L2 cache, 2 n m D bytes more. On an H200 (4.8 TB/s), 4 x
@@ -21,6 +24,7 @@ a larger lag) it is slower, as finishers then, it seems, no longer find their st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,18 +38,19 @@ from pallas_kernels.formats import QuantFormat
 from pallas_kernels.hyper_connection import codes_sm90, coefficients_sm90, finish_sm90, project_sm90
 from pallas_kernels.hyper_connection.coefficients_sm90 import Numbers, make_coefficients
 from pallas_kernels.hyper_connection.finish_sm90 import finish
-from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
-from pallas_kernels.hyper_connection.project_sm90 import partial_type, project, split_terms, whole_tiles
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing, Unsaid
+from pallas_kernels.hyper_connection.partials_sm90 import Partials, Words, groups_of
+from pallas_kernels.hyper_connection.plan_sm90 import TELL_REGISTERS, Plan, out_types
+from pallas_kernels.hyper_connection.project_sm90 import project, whole_tiles
 from pallas_kernels.hyper_connection.reference import Mix
 from pallas_kernels.hyper_connection.share_sm90 import Cut, cut, share
-from pallas_kernels.hyper_connection.tiling import CHUNK, FINISHERS, STREAMS, PreTiling, default_tiling
+from pallas_kernels.hyper_connection.split_sm90 import split_terms
+from pallas_kernels.hyper_connection.tiling import CHUNK, FINISHERS, STREAMS, PreTiling, by_words, default_tiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params, sm_count
 from pallas_kernels.quantize_rows.kernel_sm90 import quantize_rows
 
 PROJECTS, MAKES, TELLS = 0, 1, 2 + FINISHERS  # warpgroups; between are those who finish
-# Registers a thread of those who project, make coefficients and finish: without a teller, and with one.
-REGISTERS, TELL_REGISTERS = {False: (136, 80, 144), True: (136, 80, 120)}, 24
 REGISTER_FILE, WARPGROUP = 65536, 128  # of a multiprocessor, and threads
 
 
@@ -82,67 +87,68 @@ def pre(
     return *found, codes_sm90.of_rows(codes, stored, form)
 
 
-def out_types(tokens: int, width: int, form: QuantFormat | None) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Of x, post and comb, and of x's codes and their scales if there is a `form` for them."""
-    return (
-        jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
-        jax.ShapeDtypeStruct((tokens, STREAMS), jnp.float32),
-        jax.ShapeDtypeStruct((tokens, STREAMS * STREAMS), jnp.float32),
-        *(() if form is None else codes_sm90.out_types(tokens, width, form)),
-    )
-
-
 def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, tiling: PreTiling, form: Any) -> Any:
     tokens, _, width = streams.shape
     of = cut(tokens, width, tiling, sm_count())
-    lag = min(tiling.lag, of.most_tiles)  # no more barriers than there is use for
-    # Who loads a tile has finished the one `lag` before; that took everyone's partials, who by then had finished one
-    # another `lag` before.
-    ring = min(2 * tiling.lag, of.most_tiles)
     if of.blocks > sm_count():
         raise ValueError(f"{tiling} takes {of.blocks} thread blocks at {width} columns, and they wait for one another")
     if tiling.lag < (least := of.least_lag(tiling)):
         raise ValueError(f"{tiling} lags too little: at {width} columns and {tokens} tokens {least} tiles at least")
+    return launched(Plan(of, width, numbers, tiling, form, compiler_params()), f, fn, streams, base, scale, norm_weight)
 
-    def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *outs, finished, **refs):
-        x_gmem, post_gmem, comb_gmem, *codes_gmem, partial_gmem = outs
+
+@functools.partial(jax.jit, static_argnums=0)  # so that nobody who differentiates looks inside, where words are written
+def launched(plan: Plan, f, fn, streams, base, scale, norm_weight) -> Any:
+    of, width, numbers, tiling, form, params = plan
+
+    def kernel(f_gmem, fn_gmem, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, *others, **refs):
         of_block, warpgroup = share(of, lax.axis_index("block")), lax.axis_index("warpgroup")
-        to_project, to_make, to_finish = REGISTERS[tiling.teller]
-        written = pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,)))
-        handover = Handover(of_block, written, finished, refs.get("stored"))
+        to_project, to_make, to_finish = plan.registers
+        if plan.by_words:
+            words_gmem, x_gmem, post_gmem, comb_gmem, *codes_gmem = others
+            partials = Words(of_block, words_gmem, groups_of(width, tiling.units))
+            handover = Unsaid(of_block, refs["stored"])
+        else:
+            x_gmem, post_gmem, comb_gmem, *codes_gmem, partial_gmem = others
+            partials = Partials(of_block, partial_gmem, plan.ring)
+            written = pl.get_global(plgpu.SemaphoreType.REGULAR((of.tiles,)))
+            handover = Handover(of_block, written, refs["finished"], refs.get("stored"))
+
+        def split(sharer: Any) -> None:
+            split_terms(fn_gmem, refs["fn"], refs["split"], share=of_block, units=tiling.units, sharer=sharer)
 
         @pl.when(warpgroup == PROJECTS)
         def _project():
             take_registers(to_project, warpgroups)
             own = {name: refs[name] for name in project_sm90.scratch(tiling)}
             project(
-                f_gmem, fn_gmem, partial_gmem,
-                share=of_block, tiling=tiling, ring=ring, handover=handover, **own,
+                f_gmem, fn_gmem, partials,
+                share=of_block, tiling=tiling, handover=handover, splits=not plan.by_words, **own,
             )  # fmt: skip
 
         @pl.when(warpgroup == MAKES)
         def _coefficients():
             take_registers(to_make, warpgroups)
+            if plan.by_words:  # of few tokens there is nothing else to do yet
+                split(jnp.int32(0))
             own = {name: refs[name] for name in coefficients_sm90.scratch(of)}
             make_coefficients(
-                partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, ring=ring, columns=STREAMS * width, numbers=numbers, handover=handover, **own,
+                partials, base_gmem, scale_gmem, post_gmem, comb_gmem,
+                share=of_block, columns=STREAMS * width, numbers=numbers, handover=handover, **own,
             )  # fmt: skip
 
         @pl.when((warpgroup > MAKES) & (warpgroup < TELLS))
         def _finish():
             take_registers(to_finish, warpgroups)
             finisher = warpgroup - MAKES - 1
-            split_terms(
-                fn_gmem, refs["fn"], refs["split"], share=of_block, units=tiling.units, sharer=finisher + 1
-            )  # fmt: skip
+            split(finisher + 1)
             own = {name: refs[name] for name in coefficients_sm90.scratch(of) | finish_sm90.scratch(width, tiling)}
             finish(
                 finisher, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
-                form=form, share=of_block, numbers=numbers, handover=handover, **own,
+                form=form, share=of_block, numbers=numbers, handover=handover, few=plan.by_words, **own,
             )  # fmt: skip
 
-        if tiling.teller:
+        if isinstance(handover, Handover) and tiling.teller:
 
             @pl.when(warpgroup == TELLS)
             def _tell():
@@ -150,21 +156,23 @@ def in_one_launch(f, fn, streams, base, scale, norm_weight, numbers: Numbers, ti
                 handover.tell_all()
 
     warpgroups = TELLS + tiling.teller
-    finished = plgpu.Barrier(num_arrivals=FINISHERS, num_barriers=lag)
-    return plgpu.kernel(
+    outs, inputs = out_types(of.tokens, width, form), (f, fn, in_chunks(streams), base, scale, norm_weight)
+    if plan.by_words:
+        zeros = Words.type_of(of)
+        inputs += (jax.new_ref(jnp.zeros(zeros.shape, zeros.dtype)),)
+    else:
+        outs += (Partials.type_of(of, width, tiling, plan.ring),)
+    found = plgpu.kernel(
         kernel,
-        out_type=(*out_types(tokens, width, form), partial_type(of, width, tiling, ring)),
+        out_type=outs,
         grid=(of.blocks,),
         grid_names=("block",),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        compiler_params=compiler_params(),
-        scratch_types={
-            **project_sm90.scratch(tiling), **coefficients_sm90.scratch(of), **finish_sm90.scratch(width, tiling),
-            "finished": finished,
-            **({"stored": plgpu.Barrier(num_arrivals=1, num_barriers=lag)} if tiling.teller else {}),
-        },
-    )(f, fn, in_chunks(streams), base, scale, norm_weight)[:-1]  # fmt: skip
+        compiler_params=params,
+        scratch_types=plan.scratch,
+    )(*inputs)
+    return found if plan.by_words else found[:-1]
 
 
 def take_registers(count: int, warpgroups: int) -> None:
@@ -193,8 +201,8 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
         @pl.when(warpgroup == PROJECTS)
         def _project():
             project(
-                f_gmem, fn_gmem, partial_gmem, fn=fn, split=split,
-                share=of_block, tiling=tiling, ring=of.most_tiles, handover=Nothing(), **refs,
+                f_gmem, fn_gmem, Partials(of_block, partial_gmem, of.most_tiles), fn=fn, split=split,
+                share=of_block, tiling=tiling, handover=Nothing(), **refs,
             )  # fmt: skip
 
         @pl.when(warpgroup > PROJECTS)
@@ -203,7 +211,7 @@ def first_launch(of: Cut, width: int, tiling: PreTiling) -> Callable[..., Any]:
 
     return plgpu.kernel(
         kernel,
-        out_type=partial_type(of, width, tiling, of.most_tiles),
+        out_type=Partials.type_of(of, width, tiling, of.most_tiles),
         grid=(of.blocks,),
         grid_names=("block",),
         num_threads=1 + FINISHERS,
@@ -223,16 +231,16 @@ def second_launch(
         @pl.when(warpgroup == 0)
         def _coefficients():
             make_coefficients(
-                partial_gmem, base_gmem, scale_gmem, post_gmem, comb_gmem,
-                share=of_block, ring=of.most_tiles, columns=STREAMS * width, numbers=numbers,
-                handover=Nothing(), **to_make,
+                Partials(of_block, partial_gmem, of.most_tiles), base_gmem, scale_gmem, post_gmem, comb_gmem,
+                share=of_block, columns=STREAMS * width, numbers=numbers, handover=Nothing(), **to_make,
             )  # fmt: skip
 
         @pl.when(warpgroup >= 1)
         def _finish():
             finish(
                 warpgroup - 1, streams_gmem, base_gmem, scale_gmem, norm_weight_gmem, (x_gmem, *codes_gmem),
-                form=form, share=of_block, numbers=numbers, handover=Nothing(), **refs,
+                form=form, share=of_block, numbers=numbers, handover=Nothing(),
+                few=by_words(of.tokens, tiling), **refs,
             )  # fmt: skip
 
     return plgpu.kernel(

@@ -18,6 +18,7 @@ cycles for its 16 KB.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,31 +29,22 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
 from pallas_kernels.block_matmul.kernel_sm90 import ROWS, swizzled
-from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing
-from pallas_kernels.hyper_connection.share_sm90 import Cut, Share
-from pallas_kernels.hyper_connection.tiling import GROUP, MIXED, STREAMS, TILE, TMA_ROWS, UNIT, PreTiling
-from pallas_kernels.mosaic.launch import store_narrow
-from pallas_kernels.quantize_rows.kernel_sm90 import registers
+from pallas_kernels.hyper_connection.handover_sm90 import Handover, Nothing, Unsaid
+from pallas_kernels.hyper_connection.partials_sm90 import Partials, Words
+from pallas_kernels.hyper_connection.share_sm90 import Share
+from pallas_kernels.hyper_connection.split_sm90 import SHARE, SWIZZLED, TERMS, split_terms
+from pallas_kernels.hyper_connection.tiling import MIXED, TILE, TMA_ROWS, UNIT, PreTiling
 
-TERMS = 3  # bfloat16 terms of a float32
-SHARE = 8  # outputs, whose columns of fn one of three warpgroups splits
-ROW = 32  # columns of a partial's row: 24, the squares, and as many as a warp has lanes
-SQUARES = MIXED  # the column of the squares
+MOST_APART = 2  # units whose squares are summed before products: with more, registers spill
 
 
 def scratch(tiling: PreTiling) -> dict[str, Any]:
     return {
         "unit": plgpu.SMEM((tiling.stages, TILE, UNIT), jnp.bfloat16, transforms=swizzled(2)),
-        "fn": plgpu.SMEM((TERMS * MIXED, tiling.units * UNIT), jnp.bfloat16, transforms=swizzled(2)),
+        "fn": plgpu.SMEM((TERMS * MIXED, tiling.units * UNIT), jnp.bfloat16, transforms=SWIZZLED),
         "filled": plgpu.Barrier(num_arrivals=1, num_barriers=tiling.stages),
         "split": plgpu.Barrier(num_arrivals=MIXED // SHARE),
     }
-
-
-def partial_type(of: Cut, width: int, tiling: PreTiling, ring: int) -> jax.ShapeDtypeStruct:
-    """Parts by groups, and rows of `ring` tiles of every team, of which only the tokens mean anything."""
-    groups, each = STREAMS * width // (UNIT * GROUP), GROUP // tiling.units
-    return jax.ShapeDtypeStruct((groups, each, of.teams * ring * TILE, ROW), jnp.float32)
 
 
 def whole_tiles(f: jax.Array) -> jax.Array:
@@ -64,12 +56,12 @@ def whole_tiles(f: jax.Array) -> jax.Array:
 def project(
     f_gmem: Any,
     fn_gmem: Any,
-    partial_gmem: Any,
+    partials: Partials | Words,
     *,
     share: Share,
     tiling: PreTiling,
-    ring: int,
-    handover: Handover | Nothing,
+    handover: Handover | Unsaid | Nothing,
+    splits: bool = True,
     unit: Any,
     fn: Any,
     filled: Any,
@@ -77,7 +69,7 @@ def project(
 ) -> None:
     """Partials of the thread block's tiles, by one warpgroup.
 
-    ring: tiles of a team's that partial_gmem holds.
+    splits: whether it splits a third of fn; else three others do.
     """
     units, stages = tiling.units, tiling.stages
     steps = share.tiles * units
@@ -91,7 +83,18 @@ def project(
 
     for step in range(stages):
         pl.when(step < steps)(lambda step=step: load(jnp.int32(step)))
-    split_terms(fn_gmem, fn, split, share=share, units=units, sharer=0)
+    if splits:
+        split_terms(fn_gmem, fn, split, share=share, units=units, sharer=0)
+    if share.cut.most_tiles == 1 and units <= min(stages, MOST_APART):
+        with jax.named_scope("sum squares"):  # while fn is on its way
+            squares = in_pairs(lambda c: squares_behind(filled.at[c], unit.at[c]), range(units))
+        plgpu.barrier_wait(split)
+        with jax.named_scope("multiply"):
+            product = in_pairs(lambda c: product_of(unit.at[c], fn.at[:, pl.ds(c * UNIT, UNIT)]), range(units))
+        with jax.named_scope("hand over"):
+            partials.store(jnp.int32(0), product, squares)
+            handover.done(jnp.int32(0))
+        return
     plgpu.barrier_wait(split)
 
     def of_unit(i: jax.Array, c: Any) -> tuple[jax.Array, jax.Array]:
@@ -124,45 +127,57 @@ def project(
             plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS),
         )
         product, squares = lax.fori_loop(0, max(units // 2, 1), add_pair, zeros)
-        each = GROUP // units
-        group, of_group = lax.div(share.part, each), lax.rem(share.part, each)
-        rows = pl.ds(share.rows(i, ring), TILE)
         with jax.named_scope("hand over"):
-            store_narrow(partial_gmem, (group, of_group, rows, pl.ds(0, MIXED)), product)  # rows of 96 bytes
-            store_narrow(partial_gmem, (group, of_group, rows, SQUARES), squares)
+            partials.store(i, product, squares)
             handover.done(i)
 
 
 def unit_sums(f_smem: Any, fn_smem: Any) -> tuple[jax.Array, jax.Array]:
-    """Products [64, 24] and squares [64] of a unit."""
+    """Products [64, 24] and squares [64] of a unit, which are summed while it is multiplied."""
 
     def product(accumulator):
         plgpu.wgmma(accumulator, f_smem, fn_smem.T)
-        wide = plgpu.load(f_smem, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
-        squares = jnp.sum(wide * wide, axis=1)
+        squares = squares_of(f_smem)
         return wgmma_accumulator_load(accumulator, wait_n=0), squares
 
     of_terms, squares = pl.run_scoped(product, plgpu.ACC((TILE, TERMS * MIXED), jnp.float32))
+    return sum_of_terms(of_terms), squares
+
+
+def product_of(f_smem: Any, fn_smem: Any) -> jax.Array:
+    """Products [64, 24] of a unit."""
+
+    def product(accumulator):
+        plgpu.wgmma(accumulator, f_smem, fn_smem.T)
+        return wgmma_accumulator_load(accumulator, wait_n=0)
+
+    return sum_of_terms(pl.run_scoped(product, plgpu.ACC((TILE, TERMS * MIXED), jnp.float32)))
+
+
+def sum_of_terms(of_terms: jax.Array) -> jax.Array:
+    """Of products [64, 72] with all three terms."""
     large, middle, small = (of_terms[:, term * MIXED : (term + 1) * MIXED] for term in range(TERMS))
-    return small + middle + large, squares
+    return small + middle + large
+
+
+def squares_behind(filled: Any, f_smem: Any) -> jax.Array:
+    plgpu.barrier_wait(filled)
+    return squares_of(f_smem)
+
+
+def squares_of(f_smem: Any) -> jax.Array:
+    """[64], of a unit."""
+    wide = plgpu.load(f_smem, layout=plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+    return jnp.sum(wide * wide, axis=1)
+
+
+def in_pairs(of_unit: Callable[[int], jax.Array], units: range) -> jax.Array:
+    """The sum over one or two units, in the order in which tile after tile is summed."""
+    if len(units) == 1:
+        return of_unit(units[0])
+    half = len(units) // 2
+    return in_pairs(of_unit, units[:half]) + in_pairs(of_unit, units[half:])
 
 
 def added(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def split_terms(fn_gmem: Any, fn_smem: Any, split: Any, *, share: Share, units: int, sharer: Any) -> None:
-    """A third of the thread block's fn as three bfloat16 terms, each of what the ones before it leave.
-
-    Exact but for subnormal rests. sharer: which third; all of them arrive at `split`.
-    """
-    outputs = pl.ds(sharer * SHARE, SHARE)
-    columns = [pl.ds((share.part * units + c) * UNIT, UNIT) for c in range(units)]
-    loaded = [plgpu.load(fn_gmem.at[outputs, at], layout=registers(SHARE), optimized=False) for at in columns]
-    for c, rest in enumerate(loaded):
-        for term in range(TERMS):
-            rounded = rest.astype(jnp.bfloat16)
-            fn_smem[pl.ds(term * MIXED + sharer * SHARE, SHARE), pl.ds(c * UNIT, UNIT)] = rounded
-            rest = rest - rounded.astype(jnp.float32)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(split)

@@ -39,6 +39,11 @@ class PreTiling:
             raise ValueError(f"{self}: units are 1, 2 or {GROUP}")
 
 
+def by_words(tokens: int, tiling: PreTiling) -> bool:
+    """Whether partials are handed over as words, for which XLA has to clear memory: up to 1 MB by default tilings."""
+    return tokens <= FEW and not tiling.teller
+
+
 def default_tiling(tokens: int, width: int, multiprocessors: int) -> PreTiling:
     """Few tokens are spread over the device as finely as thread blocks that wait for one another can be.
 

@@ -22,6 +22,7 @@ from jax import lax
 
 from pallas_kernels.mosaic.launch import compiler_params, store_narrow
 from pallas_kernels.mosaic.warp import WARP
+from pallas_kernels.mosaic.words import lanes
 from pallas_kernels.router.tiling import LANES, ROUND, Tiles, padded_experts
 from pallas_kernels.router.token_sm90 import Rules, clear, keys_of, scored
 from pallas_kernels.router.token_warps_sm90 import (
@@ -33,7 +34,6 @@ from pallas_kernels.router.token_warps_sm90 import (
     of_experts,
     write,
 )
-from pallas_kernels.router.words_sm90 import lanes
 
 WARPGROUPS = ROUND // TOKENS
 

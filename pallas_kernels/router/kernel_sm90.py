@@ -8,10 +8,11 @@ What one warpgroup of a thread block does:
 3. For each row of its token it counts the rows that sort before it, which is the row's place in the order; the first
    thread block also counts each expert's rows.
 
-What is handed over are words that are there when they are not 0 (words_sm90.py). Few words are zeros that XLA makes, in
-a launch before. Of many, another warpgroup clears those that its thread block will wait for while the matrix is loaded,
-and waits until all thread blocks have done so, which takes a semaphore, and XLA a copy for that. Thread blocks wait for
-one another: there are no more than multiprocessors. The simulated GPU, which has no semaphores, runs three launches.
+What is handed over are words that are there when they are not 0 (mosaic/words.py). Few words are zeros that XLA makes,
+in a launch before. Of many, another warpgroup clears those that its thread block will wait for while the matrix is
+loaded, and waits until all thread blocks have done so, which takes a semaphore, and XLA a copy for that. Thread blocks
+wait for one another: there are no more than multiprocessors. The simulated GPU, which has no semaphores, runs three
+launches.
 For the same number of tokens, a token's scores, experts and weights depend on no other; that number may decide into how
 many parts K is split, and so the order of sums.
 
@@ -38,11 +39,12 @@ from jax import lax
 
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params, sm_count
-from pallas_kernels.router import multiply_sm90, words_sm90
+from pallas_kernels.mosaic.words import clear as zero
+from pallas_kernels.mosaic.words import of_float, publish
+from pallas_kernels.router import multiply_sm90
 from pallas_kernels.router.reference import Routing
 from pallas_kernels.router.tiling import MOST_CHOSEN, Share, padded_experts, share
 from pallas_kernels.router.token_sm90 import Rules, choose, clear, filled_up, place, place_alone, scratch
-from pallas_kernels.router.words_sm90 import of_float, publish
 
 INTERPRETED_BLOCKS = 8  # that multiply
 MOST_ZEROS = 1 << 18  # bytes of words that XLA clears: that takes less than a semaphore's copy
@@ -245,8 +247,8 @@ def clear_words(plan: Plan, logits_words, chosen_words) -> None:
     cleared = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
     def of_token(token: Any) -> None:
-        words_sm90.clear(logits_words, token * count, tokens * count, (plan.cut.parts, count))
-        words_sm90.clear(chosen_words, token * MOST_CHOSEN, 0, (1, MOST_CHOSEN))
+        zero(logits_words, token * count, tokens * count, (plan.cut.parts, count))
+        zero(chosen_words, token * MOST_CHOSEN, 0, (1, MOST_CHOSEN))
 
     each_token(tokens, of_token)
     plgpu.semaphore_signal(cleared, memory_scope="gpu")

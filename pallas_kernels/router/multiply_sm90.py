@@ -26,6 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.words import lanes
 from pallas_kernels.router.staging_sm90 import (
     ROWS,
     WARP,
@@ -39,7 +40,6 @@ from pallas_kernels.router.staging_sm90 import (
     times,
     word,
 )
-from pallas_kernels.router.words_sm90 import lanes
 
 TOKENS, EXPERTS, STEP = 16, 8, 16  # of one instruction: rows, columns, and what it sums over
 MOST_COLUMNS = 32  # that a warp waits for at a time

@@ -30,9 +30,9 @@ from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params
 from pallas_kernels.mosaic.warp import WARP, before, element, lane, sync_warp, warp
+from pallas_kernels.mosaic.words import lanes
 from pallas_kernels.router.tiling import LANES
 from pallas_kernels.router.warps_sm90 import keep
-from pallas_kernels.router.words_sm90 import lanes
 
 AT_ONCE = 16  # loads of counts
 AHEAD = 8  # loads of rows

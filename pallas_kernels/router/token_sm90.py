@@ -16,9 +16,9 @@ from jax import lax
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.warp import WARPS
+from pallas_kernels.mosaic.words import lanes, publish, wait_for
 from pallas_kernels.router.tiling import LANES, MOST_CHOSEN
 from pallas_kernels.router.warps_sm90 import best, count, keep, sync, totals
-from pallas_kernels.router.words_sm90 import lanes, publish, wait_for
 
 LARGEST = 2**31 - 1
 

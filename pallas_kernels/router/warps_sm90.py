@@ -26,7 +26,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.addresses import constant, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.warp import WARP, WARPS, lane, thread, warp
-from pallas_kernels.router.words_sm90 import lanes
+from pallas_kernels.mosaic.words import lanes
 
 SCALAR = plgpu.Layout.WG_SPLAT(())
 

@@ -230,6 +230,29 @@ def test_lowers_for_a_gpu(case):
     jax.jit(functools.partial(kernel_sm90.pre, **HOW)).trace(streams, *made).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize(("tokens", "width", "words"), [(1, 4096, 128), (2, 256, 8), (128, 7168, 56), (129, 256, None)])
+@pytest.mark.parametrize("form", [None, FP8_GROUP])
+def test_few_tokens_hand_over_words_on_a_gpu(tokens, width, words, form):
+    """Memory that is cleared before the launch, a row of 32 for each part and token; behind it no semaphores."""
+
+    def total(streams, *made):
+        return jnp.sum(sm90.pre(streams, *made, **HOW, form=form)[0].astype(jnp.float32))
+
+    columns = {256: width, 1024: 4 * width}
+    made = [tuple(columns.get(n, n) for n in x.shape) for x in parameters(256)]
+    made = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in made]
+    streams = jax.ShapeDtypeStruct((tokens, 4, width), jnp.bfloat16)
+    for run in (total, jax.value_and_grad(total), jax.value_and_grad(jax.checkpoint(total))):
+        with pretend(HOPPER):
+            text = jax.jit(run).trace(streams, *made).lower(lowering_platforms=("cuda",)).as_text()
+        launches = [line for line in text.splitlines() if "@mosaic_gpu" in line and "tensor<24x" in line]
+        assert launches
+        for launch in launches:
+            types = launch.split(" : ")[-1]
+            assert (f"tensor<{(words or 0) * tokens * 32}xi32>" in types) == (words is not None), types
+            assert ("x32xf32>" in types) == (words is None), types
+
+
 def test_a_benchmark_computes_what_it_says():
     case = bench.bench_pre(HyperCase("small", 2, 256))
     sets = case.sets(1)[0]

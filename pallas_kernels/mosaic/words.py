@@ -11,6 +11,8 @@ The simulated GPU has no such memory between launches of one kernel: there what 
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -54,16 +56,23 @@ def publish(words_gmem: Any, start: jax.Array, stride: int, words: jax.Array, sh
     layout = lanes(len(words))
     item = plgpu.broadcasted_iota(jnp.int32, words.shape, 0, layout=layout)
     index = start + lax.div(item, columns) * stride + lax.rem(item, columns)
+    put(words_gmem, jnp.where(item < rows * columns, index, -1), words, layout)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout, layout))
-    def run(_ctx: Any, ref: ir.Value, index: Any, words: Any, item: Any) -> None:
-        for at, i in _each(index):
-            there = arith.cmpi(arith.CmpIPredicate.slt, _scalar(item.registers[at]), utils.c(rows * columns, _word()))
-            ptx = "@$2 st.relaxed.gpu.global.b32 [$0], $1;"
-            args = [_address(ref, i), _scalar(words.registers[at]), there]
-            llvm.inline_asm(None, args, ptx, "l,r,b,~{memory}", has_side_effects=True)
 
-    run(words_gmem, index, words, item)
+def put(words_gmem: Any, index: jax.Array, words: jax.Array, layout: Any) -> None:
+    """words_gmem[index] = words, none of them 0, both in `layout`; a negative index is nobody's.
+
+    What a thread has side by side must lie side by side, from a multiple of its bytes on.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, layout))
+    def run(_ctx: Any, ref: ir.Value, index: Any, words: Any) -> None:
+        for at, register in np.ndenumerate(index.registers):
+            i, *_ = _numbers(register)
+            exists = arith.cmpi(arith.CmpIPredicate.sge, i, utils.c(0, _word()))
+            _store(_address(ref, i), _numbers(words.registers[at]), exists)
+
+    run(words_gmem, index, words)
 
 
 def clear(words_gmem: Any, start: jax.Array, stride: int, shape: tuple[int, int]) -> None:
@@ -96,32 +105,67 @@ def wait_for(words_gmem: Any, indices: list[jax.Array]) -> list[jax.Array]:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), [layout] * len(indices)), return_type=[found] * len(indices))
     def run(_ctx: Any, ref: ir.Value, indices: list[Any]) -> list[Any]:
-        addresses = [_address(ref, i) for index in indices for _, i in _each(index)]
+        addresses = [(_address(ref, i), 0) for index in indices for _, i in _each(index)]
         words = iter(_until_all_are_there(addresses))
-        result = []
-        for index in indices:
-            registers = np.empty_like(index.registers)
-            for at in np.ndindex(*registers.shape):
-                registers[at] = vector.broadcast(ir.VectorType.get((1,), _word()), next(words))
-            result.append(mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True))
-        return result
+        return [_array(itertools.islice(words, index.registers.size), index.shape, layout) for index in indices]
 
     return run(words_gmem, indices)
 
 
-def _until_all_are_there(addresses: list[ir.Value]) -> list[ir.Value]:
-    loop = scf.WhileOp([_word()] * len(addresses), [])
+def wait_behind(
+    words_gmem: Any, first: jax.Array, offsets: list[list[int]], shape: tuple[int, ...], layout: Any
+) -> list[jax.Array]:
+    """Arrays of `shape` in `layout`, a word a register, as soon as all are there.
+
+    A thread finds the r-th register of the a-th array at words_gmem[first + offsets[a][r]], first [..] being an array
+    in the same layout with one register: the thread keeps one address for all of them.
+    """
+    found = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.int32), layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=[found] * len(offsets))
+    def run(_ctx: Any, ref: ir.Value, first: Any) -> list[Any]:
+        address = _address(ref, _scalar(first.registers.item()))
+        words = iter(_until_all_are_there([(address, offset) for of_array in offsets for offset in of_array]))
+        return [_array(itertools.islice(words, len(of_array)), shape, layout) for of_array in offsets]
+
+    return run(words_gmem, first)
+
+
+def _array(words: Iterable[ir.Value], shape: tuple[int, ...], layout: Any) -> Any:
+    """Of registers that hold a word each."""
+    held = layout.to_mgpu()
+    registers = np.empty(held.registers_shape(shape), dtype=object)
+    registers.flat = [vector.broadcast(ir.VectorType.get((1,), _word()), word) for word in words]
+    return mgpu.FragmentedArray(_registers=registers, _layout=held, _is_signed=True)
+
+
+def _until_all_are_there(places: list[tuple[ir.Value, int]]) -> list[ir.Value]:
+    """Words, of addresses and so many words behind each."""
+    kinds = [_word()] * len(places)
+    loop = scf.WhileOp(kinds, [])
     with ir.InsertionPoint.at_block_begin(loop.before.blocks.append()):
-        ptx = "ld.relaxed.gpu.global.b32 $0, [$1];"
-        words = [
-            llvm.inline_asm(_word(), [address], ptx, "=r,l,~{memory}", has_side_effects=True) for address in addresses
-        ]
+        words = [_load(address, offset) for address, offset in places]
         least = functools.reduce(arith.minui, words)
         missing = arith.cmpi(arith.CmpIPredicate.eq, least, utils.c(0, _word()))
         scf.condition(missing, words)
-    with ir.InsertionPoint.at_block_begin(loop.after.blocks.append(*[_word()] * len(addresses))):
+    with ir.InsertionPoint.at_block_begin(loop.after.blocks.append(*kinds)):
         scf.yield_([])
     return list(loop.results)
+
+
+def _load(address: ir.Value, offset: int) -> ir.Value:
+    ptx = f"ld.relaxed.gpu.global.b32 $0, [$1+{4 * offset}];"
+    return llvm.inline_asm(_word(), [address], ptx, "=r,l,~{memory}", has_side_effects=True)
+
+
+def _store(address: ir.Value, words: list[ir.Value], exists: ir.Value) -> None:
+    """One word, or two or four side by side."""
+    count = len(words)
+    values = ", ".join(f"${i + 1}" for i in range(count))
+    wide, source = (f".v{count}", f"{{{values}}}") if count > 1 else ("", values)
+    ptx = f"@${count + 1} st.relaxed.gpu.global{wide}.b32 [$0], {source};"
+    constraints = ",".join(["l", *["r"] * count, "b", "~{memory}"])
+    llvm.inline_asm(None, [address, *words, exists], ptx, constraints, has_side_effects=True)
 
 
 def _address(ref: ir.Value, index: ir.Value) -> ir.Value:
@@ -130,6 +174,12 @@ def _address(ref: ir.Value, index: ir.Value) -> ir.Value:
 
 def _each(x: Any) -> Any:
     return ((at, _scalar(register)) for at, register in np.ndenumerate(x.registers))
+
+
+def _numbers(register: ir.Value) -> list[ir.Value]:
+    if not isinstance(register.type, ir.VectorType):
+        return [register]
+    return [vector.extract(register, [], [i]) for i in range(register.type.shape[0])]
 
 
 def _scalar(register: ir.Value) -> ir.Value:

@@ -8,15 +8,16 @@ Thread blocks form teams that have the same tiles of 64 tokens, each member a pa
 A team's members hand partials over in device memory (partials_sm90.py): whoever has written a tile's says so at its
 semaphore. There are no more thread blocks than multiprocessors, so that all run. No thread block loads more than `lag`
 tiles ahead of those it has finished, so that finishers find their streams in the L2 cache.
-Few tokens' partials are words in memory that XLA has cleared, and are there when they are not 0: that takes one way
-through the L2 cache, a semaphore three, and XLA a copy for that. Warpgroup 1 then splits a third of the matrix, so that
-warpgroup 0 sums squares meanwhile, and finishers have their streams in registers when a token's numbers come.
+Few tokens' partials are words in memory that a launch before has cleared, and are there when they are not 0: that takes
+one way through the L2 cache, a semaphore three, and XLA a copy for that. Warpgroup 1 then splits a third of the matrix,
+so that warpgroup 0 sums squares meanwhile, and finishers have their streams in registers when a token's numbers come.
 
 The simulated GPU has no semaphores, and runs two launches.
 Bound: (2 n + 2) m D bytes over memory's bandwidth; from the L2 cache, 2 n m D bytes more. On an H200 (4.8 TB/s), 4 x
-4096 wide: 6.6 us for one token and 9.0 for 128, chains of latencies; 73.8 for 4096 (48 % of that limit). A tile takes
-16000 cycles from its copy to its last token; with more of them under way (two warpgroups that project, more buffers,
-a larger lag) it is slower, as finishers then, it seems, no longer find their streams in the L2 cache.
+4096 wide: 5.7 us for one token and 9.1 for 128, chains of latencies, and 0.7 and 1.3 to clear words; 73 for 4096 (48 %
+of that limit). A tile takes 16000 cycles from its copy to its last token; with more of them under way (two warpgroups
+that project, more buffers, a larger lag) it is slower, as finishers then, it seems, no longer find their streams in the
+L2 cache.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -48,6 +49,7 @@ from pallas_kernels.hyper_connection.split_sm90 import split_terms
 from pallas_kernels.hyper_connection.tiling import CHUNK, FINISHERS, STREAMS, PreTiling, by_words, default_tiling
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.mosaic.launch import compiler_params, sm_count
+from pallas_kernels.mosaic.words import zeros
 from pallas_kernels.quantize_rows.kernel_sm90 import quantize_rows
 
 PROJECTS, MAKES, TELLS = 0, 1, 2 + FINISHERS  # warpgroups; between are those who finish
@@ -158,8 +160,7 @@ def launched(plan: Plan, f, fn, streams, base, scale, norm_weight) -> Any:
     warpgroups = TELLS + tiling.teller
     outs, inputs = out_types(of.tokens, width, form), (f, fn, in_chunks(streams), base, scale, norm_weight)
     if plan.by_words:
-        zeros = Words.type_of(of)
-        inputs += (jax.new_ref(jnp.zeros(zeros.shape, zeros.dtype)),)
+        inputs += (jax.new_ref(zeros(Words.needed(of))),)
     else:
         outs += (Partials.type_of(of, width, tiling, plan.ring),)
     found = plgpu.kernel(

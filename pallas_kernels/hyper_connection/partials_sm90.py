@@ -61,7 +61,7 @@ class Partials(NamedTuple):
 
 
 class Words(NamedTuple):
-    """gmem: int32 [parts x tokens x 32] that is 0 at the start, of float32 numbers that are there when they are not 0.
+    """gmem: int32 [parts x tokens x 32 or more], 0 at the start, of float32 numbers that are there when they are not 0.
 
     groups: as `groups_of` gives them.
     """
@@ -71,8 +71,8 @@ class Words(NamedTuple):
     groups: tuple[int, int]
 
     @staticmethod
-    def type_of(of: Cut) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((of.parts * of.tokens * ROW,), jnp.int32)
+    def needed(of: Cut) -> int:
+        return of.parts * of.tokens * ROW
 
     def store(self, i: jax.Array, product: jax.Array, squares: jax.Array) -> None:
         """Of the team's i-th tile, whose rows behind the last token are nobody's: product [64, 24], squares [64]."""

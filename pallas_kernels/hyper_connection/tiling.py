@@ -40,7 +40,7 @@ class PreTiling:
 
 
 def by_words(tokens: int, tiling: PreTiling) -> bool:
-    """Whether partials are handed over as words, for which XLA has to clear memory: up to 1 MB by default tilings."""
+    """Whether partials are handed over as words, for which a launch clears memory: up to 1 MB by default tilings."""
     return tokens <= FEW and not tiling.teller
 
 

@@ -1,8 +1,9 @@
 """Words that thread blocks hand to one another: a word that is not 0 is there.
 
-The memory is 0 at the start. Who has a value stores it as an int32 that is not 0, and who needs it loads until it is
-not: one way through the L2 cache, where a semaphore takes three (the store's answer, the signal, the load behind it).
-The simulated GPU has no such memory between launches of one kernel: there what has been stored is there.
+The memory is 0 at the start, by a launch before (`zeros`) or by whoever waits (`clear`). Who has a value stores it as
+an int32 that is not 0, and who needs it loads until it is not: one way through the L2 cache, where a semaphore takes
+three (the store's answer, the signal, the load behind it). The simulated GPU has no such memory between launches of one
+kernel: there what has been stored is there.
 """
 
 # Mosaic's Python is not typed for outsiders.
@@ -27,14 +28,35 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import compiler_params, sm_count
 
 THREADS = 128
+CHUNK = 512  # words that a warpgroup clears at once, 16 bytes a thread
 _LEAST = -(2**31)
 
 
 def lanes(count: int) -> Any:
     """Element i of a vector in thread i % 128."""
     return plgpu.Layout.WG_STRIDED((count,), vec_size=1)
+
+
+def zeros(count: int) -> jax.Array:
+    """int32 [count, up to whole CHUNKs] of zeros, in a launch that is shorter than XLA's: 1.3 us for 2 of 1 MB."""
+    chunks, layout = -(-count // CHUNK), plgpu.Layout.WG_STRIDED((CHUNK,), vec_size=CHUNK // THREADS)
+
+    def kernel(words_gmem: Any) -> None:
+        @plgpu.nd_loop((chunks,), collective_axes="block")
+        def _chunk(info):
+            zeros = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.int32), layout)
+            words_gmem[pl.ds(info.index[0] * CHUNK, CHUNK)] = zeros
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((chunks * CHUNK,), jnp.int32),
+        grid=(min(chunks, sm_count()),),
+        grid_names=("block",),
+        compiler_params=compiler_params(unsafe_no_auto_barriers=True),  # no thread reads what a thread has written
+    )()
 
 
 def of_float(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.mosaic import interpreted, is_interpreted, sm_count
+from pallas_kernels.mosaic import interpreted, is_interpreted, sm_count, words
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, RaceError
 from pallas_kernels.mosaic.races import quick_races
 from pallas_kernels.mosaic.scale_words import bits_of, least_bits
@@ -145,3 +145,10 @@ def test_ops_do_not_wait_for_pallas():
         "sys.exit('jax.experimental.pallas.mosaic_gpu' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("count", [1, 512, 3000])
+def test_words_are_cleared(count):
+    with interpreted():
+        found = np.asarray(words.zeros(count))
+    assert found.shape == (-(-count // words.CHUNK) * words.CHUNK,) and not found.any()

@@ -4,6 +4,9 @@ Gate and up, SwiGLU and the routing weight are one, from x to the hidden rows in
 are the other. Both quantise their input themselves (one_token_sm90.py, fp4_one_token_sm90.py), as the layer in blocks
 of rows (kernel_sm90.py) does in launches between. Sums over experts are float32 throughout, not of rows in bfloat16,
 and so not bit for bit those of the same token among others: the batch-invariant mode stays with the other layer.
+
+Bound: the weights of its experts / 3.35 TB/s. On an H200 (4.8 TB/s), six of 256 experts [2048, 4096]: 41.6 us, 76 % of
+the limit and 0.95 of both products alone, which have x quantised and write every expert's row; MXFP4 29.0, 58 %, 0.96.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class OwnRow(NamedTuple):
         return self.steps * self.blocks
 
     def scratch(self) -> dict[str, Any]:
-        """ "row": by step, as wgmma reads it; "row_scale": by group, float32 or its bits."""
+        """Codes by step, as wgmma reads them, scales by group, float32 or its bits, and a barrier of consumers."""
         words = jnp.int32 if self.form.scale == "ue8m0" else jnp.float32
         return {
             "row": plgpu.SMEM((self.steps, ROWS, self.blocks * BLOCK), self.form.values_dtype, transforms=swizzled(1)),

@@ -16,8 +16,8 @@ the same number of tokens, a token's scores, experts and weights depend on no ot
 many parts K is split, and so the order of sums.
 
 Bound: (4 E + 2 N) D bytes / 3.35 TB/s, 1.3 us for 256 experts, and the latency of launch, two hand-overs (one for one
-token) and the choice. An H200 takes 5.1 us for one token and 5.7 for 8, of which clearing words is 0.7; of 64 and 128
-tokens, 7.8 and 10.9, XLA copies the semaphore's four bytes before, 1.4 us, which is not in it.
+token) and the choice. An H200 takes 5.2 us for one token and 5.8 for 8, of which clearing words is 0.7; of 64 and 128
+tokens, 7.8 and 11.2, XLA copies the semaphore's four bytes before, 1.4 us, which is not in it.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

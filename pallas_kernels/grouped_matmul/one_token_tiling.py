@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pallas_kernels.block_matmul.problem import BLOCK, MOST_SHARES, SHARED_BYTES, WGMMA_ROWS
 from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, FewRows, launch_registers
 from pallas_kernels.grouped_matmul.tiling import GROUP, MOST_REGISTERS, MOST_WARPGROUPS, SCALED, STAGE_BLOCKS
+from pallas_kernels.mosaic.launch import H100_SMS
 
 ROWS = 8  # of wgmma's N, at least: of which one is the token's
 STEP_BLOCKS = (1, 2, 4, 8)  # K blocks of a stage: what divides the groups that are quantised at once
@@ -107,26 +109,42 @@ def shared_bytes(tiling: FewRows | Mxfp4Token, problem: TokenProduct) -> int:
 
 
 def default(d: int, i: int, top: int, *, mxfp4: bool) -> OneToken | None:
-    """For `top` of experts [i, d], [i, d] and [d, i]: as measured for V4-Flash's, or as much as fits; None if none."""
+    """For `top` of experts [i, d], [i, d] and [d, i]; None where nothing fits.
+
+    Of what was measured to be fastest for V4-Flash or V4-Pro, and fits, the first with the fewest rows for the busiest
+    multiprocessor.
+    """
     ways = (MXFP4_GATE_UP, MXFP4_DOWN) if mxfp4 else (GATE_UP, DOWN)
     first, second = (
-        next((tiling for tiling in tried if reason(tiling, problem) is None), None)
+        min((tiling for tiling in tried if reason(tiling, problem) is None), key=busiest(problem, top), default=None)
         for tried, problem in zip(ways, products(d, i, top).values(), strict=True)
     )
     return OneToken(first, second) if first and second else None
 
 
-# In the order in which they are tried: what was measured to be fastest for V4-Flash, and what fits where that does not.
+def busiest(problem: TokenProduct, top: int) -> Callable[[FewRows | Mxfp4Token], float]:
+    """Of a product of `top` experts, the rows of a weight that a multiprocessor reads at most, by tiling."""
+
+    def rows(tiling: FewRows | Mxfp4Token) -> float:
+        each = WGMMA_ROWS * (tiling.teams if isinstance(tiling, Mxfp4Token) else tiling.warpgroups)
+        tiles = problem.n // each * (top // problem.terms)
+        return -(-tiles // (H100_SMS // tiling.shares)) * each / tiling.shares
+
+    return rows
+
+
 GATE_UP = (
     *(FewRows(2, stages, 2) for stages in (3, 2)),
-    *(FewRows(blocks, 2, 1) for blocks in (4, 2, 1)),
+    *(FewRows(2, stages, 1) for stages in (5, 4, 3, 2)),
+    FewRows(1, 2, 1),
 )
 DOWN = (
     *(FewRows(4, stages, 1, shares=2) for stages in (5, 4, 3, 2)),
-    *(FewRows(blocks, 2, 1, shares=shares) for shares in (4, 2, 1) for blocks in (4, 2, 1)),
+    *(FewRows(blocks, 2, 1, shares=shares) for shares in (2, 1) for blocks in (4, 2, 1)),
 )
 MXFP4_GATE_UP = (
     *(Mxfp4Token(2, stages, 2) for stages in (4, 3, 2)),
+    *(Mxfp4Token(4, stages, turns=2) for stages in (4, 2)),
     *(Mxfp4Token(blocks, stages) for blocks in (4, 2, 1) for stages in (4, 2)),
 )
 MXFP4_DOWN = (

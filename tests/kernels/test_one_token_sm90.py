@@ -12,7 +12,7 @@ from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.formats import FP8_BLOCK, FP8_GROUP, MXFP4
 from pallas_kernels.grouped_matmul import one_token_tiling
 from pallas_kernels.grouped_matmul.one_token_layer_sm90 import experts
-from pallas_kernels.grouped_matmul.one_token_tiling import Mxfp4Token, OneToken, TokenProduct, products, reason
+from pallas_kernels.grouped_matmul.one_token_tiling import Mxfp4Token, OneToken, TokenProduct, busiest, products, reason
 from pallas_kernels.mosaic import interpreted
 from pallas_kernels.router import Routing
 from tests.kernels.compiled import dequantize, quantize, round_trip
@@ -145,6 +145,14 @@ def test_default_tilings_fit_and_lower_for_a_gpu(d, i, top, mxfp4):
     x, chosen, factors = arrays
     of_up, of_down = stored(E, i, d), stored(E, d, i)
     jax.jit(layer).trace(x, of_up, of_up, of_down, chosen, factors).lower(lowering_platforms=("cuda",))
+
+
+def test_defaults_spread_tiles_evenly():
+    """V4-Flash's gate and up have a tile of 128 rows for most multiprocessors, V4-Pro's would have two for some."""
+    for mxfp4 in (False, True):
+        flash, pro = (one_token_tiling.default(*sizes, 6, mxfp4=mxfp4) for sizes in ((4096, 2048), (7168, 3072)))
+        gates = [busiest(products(*sizes, 6)["gate_up"], 6) for sizes in ((4096, 2048), (7168, 3072))]
+        assert gates[0](flash.gate_up) == 128 and gates[1](pro.gate_up) == 192 and gates[1](flash.gate_up) == 256
 
 
 def test_what_does_not_fit():

@@ -24,7 +24,7 @@ from pallas_kernels.block_matmul.problem import WGMMA_ROWS, Problem
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.grouped_matmul import tilings
-from pallas_kernels.grouped_matmul.cases import BENCH, LAYERS, GroupedCase
+from pallas_kernels.grouped_matmul.cases import BENCH, LAYERS, PRO_LAYERS, GroupedCase
 from pallas_kernels.mosaic.launch import H100_SMS
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import FP8_GROUP, QuantTensor, dequantize, quantize
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 
 def benches() -> Iterator[Bench]:
     yield from map(bench, BENCH)
-    yield from map(expert_layer.bench, LAYERS)
+    yield from map(expert_layer.bench, LAYERS + PRO_LAYERS)
     yield from map(expert_layer.routed, LAYERS)
 
 

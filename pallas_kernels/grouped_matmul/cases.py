@@ -78,6 +78,11 @@ LAYERS = tuple(
     for name, mxfp4 in (("layer", False), ("mxfp4 layer", True))
     for tokens in BALANCED
 )
+# V4-Pro's, of one token, whose tiles are other numbers of those that multiprocessors have.
+PRO_LAYERS = tuple(
+    LayerCase(f"pro {name} 1 whole", 1, 7168, 3072, 384, TOP, mxfp4=mxfp4)
+    for name, mxfp4 in (("layer", False), ("mxfp4 layer", True))
+)
 BENCH = DECODE + PREFILL + PARTS
 MXFP4_BENCH = MXFP4_DECODE + MXFP4_PARTS
 

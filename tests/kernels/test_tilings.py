@@ -95,7 +95,7 @@ def test_every_expert_case_has_a_tiling(case):
 
 
 def test_a_layer_has_tilings():
-    for case in grouped_cases.LAYERS:
+    for case in grouped_cases.LAYERS + grouped_cases.PRO_LAYERS:
         sizes = case.tokens, case.top, case.experts, case.d, case.i
         found = grouped.layer_tiling(*sizes, rows=8 if case.tokens == 1 else None)
         assert found and found.rows in grouped.BLOCK_ROWS

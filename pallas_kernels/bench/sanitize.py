@@ -57,8 +57,8 @@ def cases() -> Iterator[Bench]:
     yield expert_layer.bench(LayerCase("layer", 5, 512, 512, 4, 2))
     yield expert_layer.bench(LayerCase("layer of many rows", 200, 512, 512, 3, 2))
     yield expert_layer.bench(LayerCase("mxfp4 layer", 5, 512, 512, 4, 2, mxfp4=True))
-    for mxfp4_weights in (False, True):
-        yield expert_layer.bench(LayerCase("layer of one token", 1, 1024, 512, 4, 2, mxfp4=mxfp4_weights))
+    for name, packed in (("layer of one token", False), ("mxfp4 layer of one token", True)):
+        yield expert_layer.bench(LayerCase(name, 1, 1024, 512, 4, 2, mxfp4=packed))
     yield mxfp4.bench(GroupedCase("mxfp4", 3, 256, 1024, (8,), experts=3, hit=3))
     yield mxfp4.bench(GroupedCase("mxfp4 of two weights", 9, 128, 512, (16,), 2, experts=3, hit=3))
     yield from (quantize_rows.bench(RowsCase(f"normed={normed}", 5, 512, normed)) for normed in (False, True))

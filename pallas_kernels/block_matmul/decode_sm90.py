@@ -163,24 +163,10 @@ def few_rows(
                     plgpu.barrier_wait(filled.at[slot])
                     following = scales_of(jnp.minimum(i + 1, steps - 1))
 
-                    def multiply(*accumulators):
-                        for at, accumulator in enumerate(accumulators):
-                            b, j = divmod(at, count)
-                            columns = pl.ds(b * BLOCK, BLOCK)
-                            plgpu.wgmma(
-                                accumulator, w_smem.at[slot, j, rows_smem, columns], x_smem.at[slot, :, columns].T
-                            )
-                        added = list(sums)
-                        for at, accumulator in enumerate(accumulators):
-                            b, j = divmod(at, count)
-                            product = wgmma_accumulator_load(accumulator, wait_n=len(accumulators) - 1 - at)
-                            if not once:
-                                product *= lax.broadcast_in_dim(scales[b][j], product.shape, [1])
-                            added[j] = added[j] + product
-                        return tuple(added)
+                    def operands(j, columns):
+                        return w_smem.at[slot, j, rows_smem, columns], x_smem.at[slot, :, columns]
 
-                    fresh = [plgpu.ACC((WGMMA_ROWS, rows), jnp.float32)] * (blocks * count)
-                    sums = pl.run_scoped(multiply, *fresh)
+                    sums = with_stage(sums, operands, scales, blocks)
                     plgpu.barrier_arrive(free.at[slot])
                     return following, sums
 
@@ -229,3 +215,30 @@ def few_rows(
         },
     )(x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
     return y
+
+
+def with_stage(
+    sums: Sequence[jax.Array], operands: Callable[..., tuple[Any, Any]], scales: Any, blocks: int
+) -> tuple[jax.Array, ...]:
+    """float32 sums [64, rows] of each weight, and the products of a stage of `blocks` K blocks, added in their order.
+
+    operands: of a weight's number and columns of the stage, [64, columns] of the weight and [rows, columns] of x, in
+    shared memory. scales: by K block and weight, [rows] by token; none where they multiply finished sums.
+    """
+    count = len(sums)
+
+    def multiply(*accumulators):
+        for at, accumulator in enumerate(accumulators):
+            b, j = divmod(at, count)
+            of_weight, of_x = operands(j, pl.ds(b * BLOCK, BLOCK))
+            plgpu.wgmma(accumulator, of_weight, of_x.T)
+        added = list(sums)
+        for at, accumulator in enumerate(accumulators):
+            b, j = divmod(at, count)
+            product = wgmma_accumulator_load(accumulator, wait_n=len(accumulators) - 1 - at)
+            if scales:
+                product *= lax.broadcast_in_dim(scales[b][j], product.shape, [1])
+            added[j] = added[j] + product
+        return tuple(added)
+
+    return pl.run_scoped(multiply, *[plgpu.ACC(sums[0].shape, jnp.float32)] * (blocks * count))

@@ -25,8 +25,8 @@ from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, Products, Slab, Tokens
 from pallas_kernels.grouped_matmul.one_token_sm90 import write
-from pallas_kernels.grouped_matmul.one_token_tiling import SCALE_WORDS, Mxfp4Token
-from pallas_kernels.grouped_matmul.own_row_sm90 import ROWS, OwnRow
+from pallas_kernels.grouped_matmul.one_token_tiling import ROWS, SCALE_WORDS, Mxfp4Token
+from pallas_kernels.grouped_matmul.own_row_sm90 import OwnRow
 from pallas_kernels.grouped_matmul.tiling import GROUP, SCALED
 from pallas_kernels.grouped_matmul.turns_sm90 import Turns
 from pallas_kernels.mosaic.e2m1_apart import UNIT

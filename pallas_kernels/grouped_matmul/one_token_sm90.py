@@ -29,13 +29,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_load
 
+from pallas_kernels.block_matmul.decode_sm90 import with_stage
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, WGMMA_ROWS, produce, swizzled
 from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
 from pallas_kernels.block_matmul.tiling import FewRows
 from pallas_kernels.formats import QuantFormat
-from pallas_kernels.grouped_matmul.own_row_sm90 import ROWS, OwnRow
+from pallas_kernels.grouped_matmul.one_token_tiling import ROWS
+from pallas_kernels.grouped_matmul.own_row_sm90 import OwnRow
 from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.mosaic.scales import scale_bits, scale_product
 
@@ -117,21 +118,10 @@ def product(
                     plgpu.barrier_wait(filled.at[slot])
                     following = scales_of(jnp.minimum(i + 1, steps - 1))
 
-                    def multiply(*accumulators):
-                        for at, accumulator in enumerate(accumulators):
-                            b, j = divmod(at, count)
-                            columns = pl.ds(b * BLOCK, BLOCK)
-                            of_row = scratch["row"].at[i, :, columns]
-                            plgpu.wgmma(accumulator, w_smem.at[slot, j, rows_smem, columns], of_row.T)
-                        found = list(sums)
-                        for at, accumulator in enumerate(accumulators):
-                            b, j = divmod(at, count)
-                            of_block = wgmma_accumulator_load(accumulator, wait_n=len(accumulators) - 1 - at)
-                            found[j] += of_block * lax.broadcast_in_dim(scales[b][j], of_block.shape, [1])
-                        return tuple(found)
+                    def operands(j, columns):
+                        return w_smem.at[slot, j, rows_smem, columns], scratch["row"].at[i, :, columns]
 
-                    fresh = [plgpu.ACC((WGMMA_ROWS, ROWS), jnp.float32)] * (blocks * count)
-                    sums = pl.run_scoped(multiply, *fresh)
+                    sums = with_stage(sums, operands, scales, blocks)
                     plgpu.barrier_arrive(free.at[slot])
                     return following, sums
 

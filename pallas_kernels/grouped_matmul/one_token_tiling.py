@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pallas_kernels.block_matmul.problem import BLOCK, MOST_SHARES, SHARED_BYTES, WGMMA_ROWS
-from pallas_kernels.block_matmul.tiling import PRODUCER_REGISTERS, FewRows, launch_registers
-from pallas_kernels.grouped_matmul.tiling import GROUP, MOST_REGISTERS, MOST_WARPGROUPS, SCALED, STAGE_BLOCKS
+from pallas_kernels.block_matmul.tiling import FewRows
+from pallas_kernels.grouped_matmul.tiling import GROUP, MOST_WARPGROUPS, SCALED, STAGE_BLOCKS, consumer_registers
 from pallas_kernels.mosaic.launch import H100_SMS
 
 ROWS = 8  # of wgmma's N, at least: of which one is the token's
@@ -44,9 +44,7 @@ class Mxfp4Token:
 
     @property
     def registers(self) -> int:
-        """Of a consumer's thread: what the producer leaves."""
-        there = launch_registers(self.warpgroups + 1) - PRODUCER_REGISTERS
-        return min(MOST_REGISTERS, there // self.warpgroups // 8 * 8)
+        return consumer_registers(self.warpgroups)
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,15 @@ def products(d: int, i: int, top: int) -> dict[str, TokenProduct]:
     return {"gate_up": TokenProduct(i, d, 2, 1), "down": TokenProduct(d, i, 1, top)}
 
 
+def rows_of(tiling: FewRows | Mxfp4Token) -> int:
+    """Of every weight, in a tile."""
+    return WGMMA_ROWS * (tiling.teams if isinstance(tiling, Mxfp4Token) else tiling.warpgroups)
+
+
 def reason(tiling: FewRows | Mxfp4Token, problem: TokenProduct) -> str | None:
     """Why the kernels cannot cut the product so; None if they can."""
     mxfp4 = isinstance(tiling, Mxfp4Token)
-    each = WGMMA_ROWS * (tiling.teams if mxfp4 else tiling.warpgroups)
+    each = rows_of(tiling)
     depth = tiling.blocks * BLOCK
     of_columns = max(depth, SCALED) if mxfp4 else depth
     of_all = of_columns * tiling.shares * (tiling.turns if mxfp4 else 1)
@@ -98,10 +101,10 @@ def shared_bytes(tiling: FewRows | Mxfp4Token, problem: TokenProduct) -> int:
     exchanged = accumulator * tiling.shares * (tiling.shares > 1)
     arrays = [ROWS * columns, 4 * columns // BLOCK]  # the row and its scales
     if isinstance(tiling, FewRows):
-        weights = problem.weights * WGMMA_ROWS * tiling.warpgroups * depth
+        weights = problem.weights * rows_of(tiling) * depth
         arrays += [tiling.stages * weights, tiling.warpgroups * exchanged]
     else:
-        rows = problem.weights * WGMMA_ROWS * tiling.teams
+        rows = problem.weights * rows_of(tiling)
         weights, scales = rows * depth // 2, rows * (SCALED // GROUP)
         arrays += [tiling.stages * weights, tiling.stages * scales, rows * tiling.turns * SCALE_WORDS * 4]
         arrays += [tiling.teams * exchanged, tiling.teams * accumulator * (tiling.turns - 1)]
@@ -126,13 +129,14 @@ def busiest(problem: TokenProduct, top: int) -> Callable[[FewRows | Mxfp4Token],
     """Of a product of `top` experts, the rows of a weight that a multiprocessor reads at most, by tiling."""
 
     def rows(tiling: FewRows | Mxfp4Token) -> float:
-        each = WGMMA_ROWS * (tiling.teams if isinstance(tiling, Mxfp4Token) else tiling.warpgroups)
+        each = rows_of(tiling)
         tiles = problem.n // each * (top // problem.terms)
         return -(-tiles // (H100_SMS // tiling.shares)) * each / tiling.shares
 
     return rows
 
 
+# What `default` has to choose from.
 GATE_UP = (
     *(FewRows(2, stages, 2) for stages in (3, 2)),
     *(FewRows(2, stages, 1) for stages in (5, 4, 3, 2)),

@@ -24,6 +24,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, COLUMNS, swizzled
 from pallas_kernels.formats import QuantFormat
+from pallas_kernels.grouped_matmul.one_token_tiling import ROWS
 from pallas_kernels.mosaic import e2m1_apart, e2m1_registers
 from pallas_kernels.mosaic.addresses import i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
@@ -31,7 +32,6 @@ from pallas_kernels.mosaic.scales import activation_bits
 from pallas_kernels.mosaic.warp import element
 from pallas_kernels.quantize_rows.kernel_sm90 import quantized, registers
 
-ROWS = 8  # of wgmma's N, at least
 AT_ONCE = 8  # groups of 128 columns that a warpgroup quantises
 
 

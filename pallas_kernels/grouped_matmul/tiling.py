@@ -75,9 +75,13 @@ class Mxfp4Rows:
 
     @property
     def registers(self) -> int:
-        """Of a consumer's thread: what the producer leaves."""
-        there = launch_registers(self.warpgroups + 1) - PRODUCER_REGISTERS
-        return min(MOST_REGISTERS, there // self.warpgroups // 8 * 8)
+        return consumer_registers(self.warpgroups)
+
+
+def consumer_registers(warpgroups: int) -> int:
+    """Of the thread of one of so many consumers: what the producer leaves."""
+    there = launch_registers(warpgroups + 1) - PRODUCER_REGISTERS
+    return min(MOST_REGISTERS, there // warpgroups // 8 * 8)
 
 
 def mxfp4_reason(tiling: Mxfp4Rows, problem: Problem, itemsize: int = 2) -> str | None:

@@ -18,7 +18,8 @@ cycles for its 16 KB.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -87,10 +88,10 @@ def project(
         split_terms(fn_gmem, fn, split, share=share, units=units, sharer=0)
     if share.cut.most_tiles == 1 and units <= min(stages, MOST_APART):
         with jax.named_scope("sum squares"):  # while fn is on its way
-            squares = in_pairs(lambda c: squares_behind(filled.at[c], unit.at[c]), range(units))
+            squares = sum_of(squares_behind(filled.at[c], unit.at[c]) for c in range(units))
         plgpu.barrier_wait(split)
         with jax.named_scope("multiply"):
-            product = in_pairs(lambda c: product_of(unit.at[c], fn.at[:, pl.ds(c * UNIT, UNIT)]), range(units))
+            product = sum_of(product_of(unit.at[c], fn.at[:, pl.ds(c * UNIT, UNIT)]) for c in range(units))
         with jax.named_scope("hand over"):
             partials.store(jnp.int32(0), product, squares)
             handover.done(jnp.int32(0))
@@ -171,12 +172,9 @@ def squares_of(f_smem: Any) -> jax.Array:
     return jnp.sum(wide * wide, axis=1)
 
 
-def in_pairs(of_unit: Callable[[int], jax.Array], units: range) -> jax.Array:
-    """The sum over one or two units, in the order in which tile after tile is summed."""
-    if len(units) == 1:
-        return of_unit(units[0])
-    half = len(units) // 2
-    return in_pairs(of_unit, units[:half]) + in_pairs(of_unit, units[half:])
+def sum_of(units: Iterable[jax.Array]) -> jax.Array:
+    """Of one or two: in the order in which tile after tile is summed."""
+    return functools.reduce(jnp.add, units)
 
 
 def added(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

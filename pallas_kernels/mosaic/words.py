@@ -28,7 +28,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from pallas_kernels.mosaic.interpreter import is_interpreted
-from pallas_kernels.mosaic.launch import compiler_params, sm_count
+from pallas_kernels.mosaic.launch import sm_count
 
 THREADS = 128
 CHUNK = 512  # words that a warpgroup clears at once, 16 bytes a thread
@@ -41,7 +41,7 @@ def lanes(count: int) -> Any:
 
 
 def zeros(count: int) -> jax.Array:
-    """int32 [count, up to whole CHUNKs] of zeros, in a launch that is shorter than XLA's: 1.3 us for 2 of 1 MB."""
+    """int32 [count, up to whole CHUNKs] of zeros, in a launch that is shorter than XLA's: by 0.6 us for 1 MB."""
     chunks, layout = -(-count // CHUNK), plgpu.Layout.WG_STRIDED((CHUNK,), vec_size=CHUNK // THREADS)
 
     def kernel(words_gmem: Any) -> None:
@@ -55,7 +55,7 @@ def zeros(count: int) -> jax.Array:
         out_type=jax.ShapeDtypeStruct((chunks * CHUNK,), jnp.int32),
         grid=(min(chunks, sm_count()),),
         grid_names=("block",),
-        compiler_params=compiler_params(unsafe_no_auto_barriers=True),  # no thread reads what a thread has written
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),  # no thread reads what a thread has written
     )()
 
 

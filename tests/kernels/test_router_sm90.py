@@ -296,6 +296,23 @@ def test_lowers_for_a_gpu(case):
     bench.run.trace(case.k, sets).lower(lowering_platforms=("cuda",))
 
 
+@pytest.mark.parametrize(("tokens", "cleared_before"), [(1, True), (2, True), (128, False)])
+def test_gradients_lower_for_a_gpu(tokens, cleared_before):
+    """Words of few tokens are written in place, which jax would differentiate if it saw it; of many, none are given."""
+    arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(tokens, 256, 4096)]
+
+    def total(x, weight, bias):
+        got = router(
+            x, weight, bias, None, k=2, scoring="sigmoid", normalize=True, scale=1.5, implementation="sm90"
+        )  # fmt: skip
+        return jnp.sum(got.weights)
+
+    with pretend(HOPPER):
+        lowered = jax.jit(jax.grad(total, argnums=(0, 1))).trace(*arrays).lower(lowering_platforms=("cuda",))
+    launches = [line for line in lowered.as_text().splitlines() if "@mosaic_gpu" in line]
+    assert len(launches) == 1 + cleared_before
+
+
 def test_a_benchmark_computes_what_it_says():
     case = bench.bench(RouterCase("small", 3, 128, 256, 2))
     sets = case.sets(1)[0]

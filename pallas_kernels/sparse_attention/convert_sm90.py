@@ -19,8 +19,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 
+from pallas_kernels.mosaic.addresses import constant, fragmented, i32
 from pallas_kernels.mosaic.interpreter import is_interpreted
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.gather_sm90 import ROWS
@@ -116,8 +120,36 @@ def dequantised(words: Words, tile: int, exponent: jax.Array) -> jax.Array:
 
 
 def scaled(x: jax.Array, factor: jax.Array, layout: Any) -> jax.Array:
-    """float16 of bfloat16 x [ROWS, TILE] of this layout times factor float32 [ROWS]."""
-    return (x.astype(jnp.float32) * across(factor, layout)).astype(jnp.float16)
+    """float16 of bfloat16 x [rows, TILE] of this layout times factor float32 [rows].
+
+    The float32 of a pair's second is its word without the first: one instruction, where Mosaic's way takes two.
+    """
+    wide = across(factor, layout)
+    if is_interpreted():
+        return (x.astype(jnp.float32) * wide).astype(jnp.float16)
+    found = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float16), layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout), return_type=found)
+    def scale(_ctx: Any, x: Any, factor: Any) -> Any:
+        registers = np.empty_like(x.registers)
+        for at, register in np.ndenumerate(x.registers):
+            registers[at] = _scaled(register, vector.extract(factor.registers[at], [], [0]))
+        return fragmented(registers, layout, None)
+
+    return scale(x, wide)
+
+
+def _scaled(register: ir.Value, factor: ir.Value) -> ir.Value:
+    """Of neighbours in a row, bfloat16, as float16."""
+    count = register.type.shape[0]
+    words = vector.bitcast(ir.VectorType.get((count // 2,), i32()), register)
+    values = []
+    for i in range(count // 2):
+        word = vector.extract(words, [], [i])
+        pair = arith.shli(word, constant(16)), arith.andi(word, constant(-(1 << 16)))
+        values += [arith.mulf(arith.bitcast(ir.F32Type.get(), x), factor) for x in pair]
+    wide = vector.from_elements(ir.VectorType.get((count,), ir.F32Type.get()), values)
+    return arith.truncf(ir.VectorType.get((count,), ir.F16Type.get()), wide)
 
 
 def channels(words: jax.Array) -> jax.Array:

@@ -48,16 +48,16 @@ class Source(NamedTuple):
 
 
 class Named:
-    """What a thread block reads of a query's entries: those of split `split`, in blocks of BLOCK."""
+    """What a thread block reads of a query's entries: those of part `part`, in blocks of BLOCK."""
 
-    def __init__(self, layouts, sources_gmem, query, tokens, split, splits):
+    def __init__(self, layouts, sources_gmem, query, tokens, part, parts):
         self.query, self.sequence = query, lax.div(query, tokens)
         limits = [limit(layout, source, query) for layout, source in zip(layouts, sources_gmem, strict=True)]
         self.each = list(zip(layouts, sources_gmem, limits, strict=True))
         self.first_blocks = blocks(limits[0])
         total = functools.reduce(jnp.add, map(blocks, limits))
-        self.first = lax.div(total * split, splits)
-        self.blocks = lax.div(total * (split + 1), splits) - self.first
+        self.first = lax.div(total * part, parts)
+        self.blocks = lax.div(total * (part + 1), parts) - self.first
 
     def stream(self, part: jax.Array, put: Callable[..., None]) -> None:
         """put(i, words, load, row) of part `part` of every block i, see `convert_sm90.put`.
@@ -118,10 +118,11 @@ class Named:
         @pl.when(self.blocks > 0)
         def _all():
             numbers = [name(jnp.int32(i)) for i in range(3)]
-            first, following = (find(jnp.int32(i), numbers[i]) for i in range(2))
+            first = find(jnp.int32(0), numbers[0])
             words = Words((), (), ())
-            if held_ahead:
+            if held_ahead:  # before the next ones are looked up, which waits for their names
                 words = loaded(load(jnp.int32(0), first))
+            following = find(jnp.int32(1), numbers[1])
             lax.fori_loop(0, self.blocks, step, (words, kept(first), following, numbers[2]))
 
 

@@ -3,8 +3,9 @@
     s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
 
 An entry is key and value at once, so that it is read, and made float16, once. One persistent thread block an SM takes
-queries, or parts of a query's entries where queries are few; blocks of 64 entries alternate between two buffers. Four
-warpgroups:
+queries, or parts of a query's entries where queries are few; blocks of 64 entries alternate between two buffers. Where
+multiprocessors would have nothing to do, several take the same part, score all of it, and add a slice of the channels
+each: what a thread block adds and stores of a part is most of what it takes for few entries. Four warpgroups:
 
 - two gather, half of a block each: they load its entries from wherever they lie into registers, a block ahead, and put
   them into shared memory as wgmma wants them. Entries that are not seen are zeros there and -inf in the logits, and are
@@ -22,7 +23,8 @@ multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 15), M the running maximu
 The order of a query's sums depends on its own entries and on how many queries there are.
 Bounds, for each 64 entries: 2048 cycles of wgmma; 360 KB through shared memory and L1 cache, 2800 cycles, and more as
 gathered rows are not what a warp loads at once: some 4000.
-Measured on an H200: one query of 128 + 512 entries, divided among ten thread blocks, 10.6 us, of 128 + 8192 17.7.
+Measured on an H200, combining included: one query of 128 + 512 entries, in ten parts of four slices, 7.7 us, of 128 +
+8192, in 65 parts of two slices, 14.1: chains of latencies.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -44,21 +46,20 @@ from pallas_kernels.block_matmul.tiling import launch_registers
 from pallas_kernels.sparse_attention import convert_sm90 as convert
 from pallas_kernels.sparse_attention import gather_sm90 as gather
 from pallas_kernels.sparse_attention.entries_sm90 import BLOCK, Layout, Named, Source
+from pallas_kernels.sparse_attention.epilogue_sm90 import Epilogue, Whole, finite
 from pallas_kernels.sparse_attention.held_sm90 import TILE
 from pallas_kernels.sparse_attention.products_sm90 import add_products
-from pallas_kernels.sparse_attention.turn_sm90 import turned
-from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit, Units, of_bits
+from pallas_kernels.sparse_attention.tiling import Division
+from pallas_kernels.sparse_attention.units_sm90 import HEADS, PER_ENTRY, PER_HEAD, Unit, Units, of_bits
+from pallas_kernels.sparse_attention.words_sm90 import LARGEST, LOG2_E
 
 CONSUMERS = 2
 GATHERERS = BLOCK // gather.ROWS
 BUFFERS = CONSUMERS  # a consumer scores what lies in its own
 CONSUMER_REGISTERS = 192
 GATHER_REGISTERS = launch_registers(CONSUMERS + GATHERERS) // GATHERERS - CONSUMER_REGISTERS * CONSUMERS // GATHERERS
-PER_HEAD = plgpu.Layout.WGMMA.reduce(1)  # a vector with one element a row of an accumulator
-PER_ENTRY = plgpu.Layout.WGMMA.reduce(0)  # and a column
+WHOLE = Division()
 COLUMNS = 128  # of an accumulator: one instruction may not name more registers than a thread has at launch
-LOG2_E = math.log2(math.e)
-LARGEST = 15  # log2 of the largest weight
 
 
 def attend(
@@ -69,22 +70,23 @@ def attend(
     *,
     tokens: int,
     scale: float,
-    splits: int = 1,
+    division: Division = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """out [N, H, K] bfloat16 and lse float32 [N, H] of q bfloat16 [N, H, K], N = B * tokens, H a multiple of 64.
 
     K is a multiple of 128. All sources have entries in the same format; their channels are those of their codes, filled
     up with zeros to a multiple of 64, and then of what is bfloat16, filled up to K. sink float32 [H], None for none.
     factors: see `turn_sm90.factors`, None where nothing is turned.
-    With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
-    float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
+    division: among thread blocks. With several parts of a query's entries, results are those of each: out float32
+    [parts, N, H, K] and lse [parts, N, H], without the sink.
     """
-    units, width = Units.of(q, splits), q.shape[-1]
+    units, width = Units.of(q, division), q.shape[-1]
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
     half = width // CONSUMERS
-    each = math.gcd(half, COLUMNS)
+    own = half // division.slices  # channels that a warpgroup adds
+    each = math.gcd(own, COLUMNS)
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
-    assert width % (CONSUMERS * TILE) == 0, f"{width} channels"
+    assert own % TILE == 0 and (division.slices == 1 or division.parts > 1), f"{width} channels in {division}"
     assert len(formats) == 1 and sum(*formats) * TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
@@ -93,10 +95,11 @@ def attend(
         top_smem, fade_smem, sums_smem = (scratch[name] for name in ("top", "fade", "sums"))
         filled, free, scored = (scratch[name] for name in ("filled", "free", "scored"))
         warpgroup = lax.axis_index("warpgroup")
+        whole = Whole(sink_gmem, factors_gmem) if division.parts == 1 else Whole(None, None)
 
         def unit(index: jax.Array) -> tuple[Unit, Named]:
             at = units[index]
-            return at, Named(layouts, sources_gmem, at.query, tokens, at.split, splits)
+            return at, Named(layouts, sources_gmem, at.query, tokens, at.part, division.parts)
 
         @pl.when(warpgroup >= CONSUMERS)
         def _gather():
@@ -132,11 +135,12 @@ def attend(
 
             @plgpu.nd_loop(**units.loop, init_carry=jnp.int32(0))
             def _units(info, carry):
-                (query, split, heads_gmem), named = unit(info.index[0])
-                columns = pl.ds(warpgroup * half, half)
-                count = named.blocks
+                at, named = unit(info.index[0])
+                epilogue = Epilogue(at, whole, out_gmem, lse_gmem, q.dtype)
+                columns, count = pl.ds(warpgroup * half, half), named.blocks
+                place = at.slice * CONSUMERS + warpgroup  # of the channels that it adds
                 asked = scratch["asked"]
-                plgpu.copy_gmem_to_smem(q_gmem.at[query, heads_gmem, columns], q_smem.at[warpgroup], asked)
+                plgpu.copy_gmem_to_smem(q_gmem.at[at.query, at.heads, columns], q_smem.at[warpgroup], asked)
 
                 def step(i, state):
                     """Block i, which lies in this warpgroup's buffer: its weights, to shared memory, and its sums.
@@ -151,9 +155,10 @@ def attend(
                     zero, slot = jnp.minimum(i, 0), lax.rem(i, BUFFERS)
 
                     def multiply(accumulator):
-                        for at in range(CONSUMERS):
-                            plgpu.wgmma(accumulator, q_smem.at[zero + at], entries_smem.at[slot, at].T)
-                        added = lax.fori_loop(0, jnp.minimum(i, 1), lambda _, sums: add(1 - slot, sums), sums)
+                        for half_of in range(CONSUMERS):
+                            of_q, of_entries = q_smem.at[zero + half_of], entries_smem.at[slot, half_of]
+                            plgpu.wgmma(accumulator, of_q, of_entries.T)
+                        added = lax.fori_loop(0, jnp.minimum(i, 1), lambda _, sums: add(i - 1, 1 - slot, sums), sums)
                         return accumulator[...], added
 
                     def measures(j):
@@ -184,17 +189,27 @@ def attend(
                     with jax.named_scope("sum"):
                         weights = weights * lax.broadcast_in_dim(measures(convert.INVERSE), weights.shape, [1])
                         total = total * jnp.exp2(top - shift) + jnp.sum(weights, axis=1)
-                    return add(slot, sums), new_top, total
+                    return add(i, slot, sums), new_top, total
 
-                def add(slot, sums):
-                    """sums, faded, and the weights of the block in `slot` times its entries."""
+                def channels(slot):
+                    """Of the entries in `slot`, what this warpgroup adds."""
+                    if division.slices == 1:
+                        return entries_smem.at[slot, warpgroup]
+                    here = lax.div(place, division.slices), lax.rem(place, division.slices)
+                    return entries_smem.at[slot, here[0], :, pl.ds(here[1] * own, own)]
+
+                def fade(slot, sums):
+                    fade = plgpu.load(fade_smem.at[slot], layout=PER_HEAD, optimized=False)
+                    return [x * lax.broadcast_in_dim(fade, x.shape, [0]) for x in sums]
+
+                def add(i, slot, sums):
+                    """sums, faded, and the weights of block i, which is in `slot`, times its entries."""
                     with jax.named_scope("wait for weights"):
                         plgpu.barrier_wait(scored.at[slot])
                     with jax.named_scope("fade"):
-                        fade = plgpu.load(fade_smem.at[slot], layout=PER_HEAD, optimized=False)
-                        sums = [x * lax.broadcast_in_dim(fade, x.shape, [0]) for x in sums]
+                        sums = lax.fori_loop(0, jnp.minimum(i, 1), lambda _, sums: fade(slot, sums), sums)
                     with jax.named_scope("add"):
-                        sums = add_products(sums, weights_smem.at[slot], entries_smem.at[slot, warpgroup])
+                        sums = add_products(sums, weights_smem.at[slot], channels(slot))
                     plgpu.barrier_arrive(free.at[slot])
                     return sums
 
@@ -207,14 +222,14 @@ def attend(
                 plgpu.barrier_arrive(scratch["prepared"])
                 plgpu.barrier_wait(scratch["prepared"])
                 zeros = plgpu.layout_cast(jnp.zeros((HEADS, each), jnp.float32), plgpu.Layout.WGMMA)
-                state = [zeros] * (half // each), per_head(-jnp.inf), per_head(0.0)
+                state = [zeros] * (own // each), per_head(-jnp.inf), per_head(0.0)
                 turns = lax.div(count - warpgroup + (BUFFERS - 1), BUFFERS)
                 sums, top, total = lax.fori_loop(
                     0, turns, lambda turn, state: step(turn * BUFFERS + warpgroup, state), state
                 )
                 # The last block, if it is the other's.
                 behind = (count > 0) & (lax.rem(count + BUFFERS - 1, BUFFERS) == other)
-                sums = lax.fori_loop(0, behind.astype(jnp.int32), lambda _, sums: add(other, sums), sums)
+                sums = lax.fori_loop(0, behind.astype(jnp.int32), lambda _, sums: add(count - 1, other, sums), sums)
 
                 sums_smem[carry, warpgroup, 0] = top
                 sums_smem[carry, warpgroup, 1] = total
@@ -224,41 +239,11 @@ def attend(
                     [plgpu.load(sums_smem.at[carry, w, j], layout=PER_HEAD, optimized=False) for w in range(CONSUMERS)]
                     for j in range(2)
                 )
-                top = finite(functools.reduce(jnp.maximum, tops))
-                total = sum(x * jnp.exp2(t - top) for x, t in zip(totals, tops, strict=True))
-                some = total != 0
-                lse2 = jnp.log2(jnp.where(some, total, 1.0)) + (top - LARGEST)
-                share = jnp.where(some, 2.0**-convert.HEADROOM / jnp.where(some, total, 1.0), 0.0)
-                if sink_gmem is not None and splits == 1:
-                    sink2 = plgpu.load(sink_gmem.at[heads_gmem], layout=PER_HEAD, optimized=False) * LOG2_E
-                    share = jnp.where(some, share / (1 + jnp.exp2(sink2 - lse2)), 0.0)  # also if the sink is NaN
-                sums = [x * lax.broadcast_in_dim(share, x.shape, [0]) for x in sums]
-
-                def of_piece(i):
-                    """The factors of a piece of this warpgroup's channels, alike for all heads."""
-                    here = pl.ds(warpgroup * half + i * each, each)
-                    both = [
-                        plgpu.load(factors_gmem.at[query, j, here], layout=PER_ENTRY, optimized=False) for j in range(2)
-                    ]
-                    return [lax.broadcast_in_dim(x, (HEADS, each), [1]) for x in both]
-
-                if factors_gmem is not None and splits == 1:
-                    sums = [turned(x, *of_piece(i), plgpu.Layout.WGMMA) for i, x in enumerate(sums)]
-                pieces = [pl.ds(i * each, each) for i in range(len(sums))]
-
-                @pl.when(warpgroup == 0)
-                def _lse():
-                    lse_gmem[split, query, heads_gmem] = jnp.where(some, lse2 / LOG2_E, -jnp.inf)
-
-                if splits > 1:
-                    for piece, x in zip(pieces, sums, strict=True):
-                        out_gmem.at[split, query, heads_gmem, columns][:, piece] = x
-                else:
-                    for piece, x in zip(pieces, sums, strict=True):
-                        q_smem[warpgroup, :, piece] = lax.bitcast_convert_type(x.astype(q.dtype), jnp.float16)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(q_smem.at[warpgroup], out_gmem.at[split, query, heads_gmem, columns])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                top = functools.reduce(jnp.maximum, tops)
+                total = sum(x * jnp.exp2(t - finite(top)) for x, t in zip(totals, tops, strict=True))
+                share, lse = epilogue.denominators(top, total)
+                pl.when((warpgroup == 0) & (at.slice == 0))(lambda: epilogue.put_lse(lse))
+                epilogue.put_all(sums, share, place * own, q_smem, warpgroup)
                 return 1 - carry
 
             plgpu.wait_smem_to_gmem(0)
@@ -288,8 +273,3 @@ def attend(
 
 def per_head(value: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full((HEADS,), value, jnp.float32), PER_HEAD)
-
-
-def finite(top: jax.Array) -> jax.Array:
-    """What logits are taken relative to: their maximum, 0 where there are none."""
-    return jnp.where(top == -jnp.inf, 0.0, top)

@@ -1,19 +1,38 @@
-"""Into how many thread blocks the Hopper kernel divides the entries of a query."""
+"""Among how many thread blocks the Hopper kernels divide the entries and the channels of a query."""
 
 from __future__ import annotations
 
-# Estimates, in microseconds: what a thread block takes for 64 entries and beside them, what combining takes, and for
-# each part of 64 heads and 512 channels in float32, which is written and read again.
-BLOCK, BLOCKS_APART, COMBINE, PART = 2.0, 5.0, 3.0, 0.08
-MOST = 64
+from typing import NamedTuple
+
+# Microseconds on an H200, to within a tenth or so: what a thread block takes for 64 entries, to add their channels, to
+# store its own, and beside that; what combining takes, and for a part of 64 heads and 512 channels, written and read.
+BLOCK, ADD, STORE, APART, COMBINE, PART = 2.2, 0.3, 3.0, 2.5, 1.7, 0.05
+MOST = 66  # parts that combining has in registers
+LEAST_SLICE = 128  # channels: a tile of 64 for both warpgroups
 
 
-def splits(units: int, blocks: int, sms: int) -> int:
-    """Parts for each of `units` pairs of a query and 64 heads, which have at most `blocks` blocks of 64 entries."""
+class Division(NamedTuple):
+    """parts: of a query's entries. slices: of the output's channels, whose thread blocks score all entries each."""
 
-    def microseconds(parts: int) -> float:
-        rounds = -(-units * parts // sms)
+    parts: int = 1
+    slices: int = 1
+
+
+def divide(units: int, blocks: int, width: int, sms: int) -> Division:
+    """Of each of `units`, a query and 64 heads, with at most `blocks` blocks of 64 entries of `width` channels."""
+
+    def microseconds(division: Division) -> float:
+        parts, slices = division
+        rounds = -(-units * parts * slices // sms)
+        alone = APART + STORE / slices + (BLOCK + ADD / slices) * -(-blocks // parts)
         combining = COMBINE + PART * units * parts if parts > 1 else 0.0
-        return rounds * (BLOCKS_APART + BLOCK * -(-blocks // parts)) + combining
+        return rounds * alone + combining
 
-    return min(range(1, min(blocks, MOST) + 1), key=microseconds)
+    possible = [Division(parts) for parts in range(1, min(blocks, MOST) + 1)]
+    possible += [
+        Division(parts, slices)
+        for parts, _ in possible[1:]
+        for slices in (2, 4)
+        if width % (slices * LEAST_SLICE) == 0 and units * parts * slices <= sms
+    ]
+    return min(possible, key=microseconds)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,33 +17,37 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.mosaic.launch import compiler_params, sm_count
+from pallas_kernels.sparse_attention.tiling import Division
 
 HEADS = 64  # of a unit: wgmma has so many rows
+PER_HEAD = plgpu.Layout.WGMMA.reduce(1)  # a vector with one element a row of an accumulator
+PER_ENTRY = plgpu.Layout.WGMMA.reduce(0)  # and a column
 
 
 class Unit(NamedTuple):
-    """What a thread block is at: a query, a split of its entries, a slice of its heads."""
+    """What a thread block is at: a query, a part of its entries, a slice of its channels, and of its heads."""
 
     query: jax.Array
-    split: jax.Array
+    part: jax.Array
+    slice: jax.Array
     heads: Any
 
 
 @dataclass(frozen=True)
 class Units:
-    """Pairs of a query and HEADS of its `heads`, each divided into `splits`."""
+    """Pairs of a query and HEADS of its `heads`, each divided."""
 
     queries: int
     heads: int
     width: int
-    splits: int
+    division: Division
 
     @classmethod
-    def of(cls, q: jax.Array, splits: int) -> Units:
+    def of(cls, q: jax.Array, division: Division) -> Units:
         """Of q [N, H, K]."""
         queries, heads, width = q.shape
         assert heads % HEADS == 0, f"{heads} heads"
-        return cls(queries, heads, width, splits)
+        return cls(queries, heads, width, division)
 
     @property
     def _groups(self) -> int:
@@ -50,7 +55,7 @@ class Units:
 
     @property
     def _count(self) -> int:
-        return self.queries * self._groups * self.splits
+        return self.queries * self._groups * math.prod(self.division)
 
     @property
     def loop(self) -> dict[str, Any]:
@@ -58,11 +63,10 @@ class Units:
         return {"grid": (self._count,), "collective_axes": "sm"}
 
     def __getitem__(self, index: jax.Array) -> Unit:
-        group, query = (
-            lax.rem(lax.div(index, self.splits), self._groups),
-            lax.div(index, self.splits * self._groups),
-        )
-        return Unit(query, lax.rem(index, self.splits), pl.ds(group * HEADS, HEADS))
+        parts, slices = self.division
+        pair, of_pair = lax.div(index, parts * slices), lax.rem(index, parts * slices)
+        group, query = lax.rem(pair, self._groups), lax.div(pair, self._groups)
+        return Unit(query, lax.div(of_pair, slices), lax.rem(of_pair, slices), pl.ds(group * HEADS, HEADS))
 
     def launch(
         self,
@@ -73,16 +77,17 @@ class Units:
         out_type: Any,
         **params: Any,
     ) -> tuple[jax.Array, jax.Array]:
-        """The output [N, H, K] of type `out_type` and the log-sum-exp [N, H] that `kernel` leaves; with splits those of
-        each, and the output in float32.
+        """The output [N, H, K] of type `out_type` and the log-sum-exp [N, H] that `kernel` leaves; of several parts
+        those of each, and the output in float32.
         """
+        parts = self.division.parts
         out, lse = plgpu.kernel(
             kernel,
             out_type=(
                 jax.ShapeDtypeStruct(
-                    (self.splits, self.queries, self.heads, self.width), out_type if self.splits == 1 else jnp.float32
+                    (parts, self.queries, self.heads, self.width), out_type if parts == 1 else jnp.float32
                 ),
-                jax.ShapeDtypeStruct((self.splits, self.queries, self.heads), jnp.float32),
+                jax.ShapeDtypeStruct((parts, self.queries, self.heads), jnp.float32),
             ),
             grid=(min(sm_count(), self._count),),
             grid_names=("sm",),
@@ -98,7 +103,7 @@ class Units:
             ),
             scratch_types=scratch_types,
         )(*inputs)
-        return (out, lse) if self.splits > 1 else (out[0], lse[0])
+        return (out, lse) if parts > 1 else (out[0], lse[0])
 
 
 def of_bits(x: jax.Array, dtype: Any) -> jax.Array:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from jaxlib.mlir.dialects import vector
 from pallas_kernels.mosaic.addresses import fragmented, i32
 from pallas_kernels.sparse_attention.held_sm90 import TILE
 
+LOG2_E = math.log2(math.e)
+LARGEST = 15  # log2 of the largest weight
 HEADROOM = 7  # 448, the largest code, times 2^7 is within float16
 LEAST = 127 - 40  # of a row's power of two
 Q_LARGEST = 14  # log2 of the largest channel of q, or less than one below

@@ -21,6 +21,7 @@ from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, sm90, sparse_attention
 from pallas_kernels.sparse_attention import kernel_sm90 as few_sm90
 from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
+from pallas_kernels.sparse_attention.tiling import MOST, Division, divide
 from tests.kernels.compiled import encode_rows
 
 FORM = entry_format("fp8", 64)
@@ -40,10 +41,10 @@ def kernel(*args, turned=None):
         return jax.block_until_ready(sparse_attention(*args, **how))
 
 
-def kernel_of_parts(parts, *args, turned=None):
-    """The entries of a query divided among so many thread blocks."""
+def kernel_of_parts(parts, *args, turned=None, slices=1):
+    """The entries of a query, and its channels, divided among so many thread blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sm90, "splits", lambda units, blocks, sms: parts)
+        patch.setattr(sm90, "divide", lambda *_: Division(parts, slices))
         forget()
         found = kernel(*args, turned=turned)
     forget()
@@ -123,8 +124,10 @@ def which(request, monkeypatch):
     watched("few", few_sm90)
     watched("many", many_sm90)
     monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
+    if request.param == "many":  # for queries that are not divided
+        monkeypatch.setattr(sm90, "divide", lambda *_: Division())
     forget()
-    yield
+    yield request.param
     forget()
     assert ran == {request.param}
 
@@ -151,17 +154,27 @@ def hostile():
     return queries(0, batch, tokens), window, window_index, compressed, index, count
 
 
-@pytest.mark.usefixtures("which")
-def test_exactly_the_named_entries_are_read():
-    """By two thread blocks a query, of which some have nothing to read."""
+def test_exactly_the_named_entries_are_read(which):
+    """By two thread blocks a query, of which some have nothing to read, in the kernel that divides queries."""
     q, window, window_index, compressed, index, count = hostile()
     back = turns(2, 2, 32)
     want = reference(q, window, window_index, compressed, np.where(index < 90, index, -1), count, SINK, turned=back)
-    got = kernel_of_parts(2, q, window, window_index, shuffled(compressed, 7), index, count, SINK, turned=back)
+    parts = {"few": 2, "many": 1}[which]
+    got = kernel_of_parts(parts, q, window, window_index, shuffled(compressed, 7), index, count, SINK, turned=back)
     check(got, want)
     assert np.isfinite(np.asarray(got[0], np.float32)).all()
     assert not np.any(got[0][0, 0]) and np.isneginf(got[1][0, 0]).all(), "no entry: output 0, lse -inf"
     assert not np.any(got[0][:, :, 62]), "sink +inf: output 0"
+
+
+@pytest.mark.parametrize(("width", "slices"), [(256, 2), (512, 4)])
+def test_slices_of_channels_are_added_apart(width, slices):
+    """By thread blocks of which each scores all of its part's entries; and some parts have none."""
+    entries, sink = rows(1, 1, 100, width), np.linspace(-1, 1, 64, dtype=np.float32)
+    index = np.random.default_rng(4).integers(-1, 100, (1, 1, 70)).astype(np.int32)
+    args = queries(0, 1, 1, width=width), entries, index, None, None, None, sink
+    back = turns(1, 1, 32)
+    check(kernel_of_parts(3, *args, turned=back, slices=slices), reference(*args, turned=back))
 
 
 @pytest.mark.usefixtures("which")
@@ -329,6 +342,18 @@ def test_what_it_does_not_take():
 def test_a_named_kernel_is_refused_elsewhere():
     with pretend(KINDS["CPU"]), pytest.raises(UnsupportedError, match="CPU is no Hopper GPU"):
         api.DECODE.choose(shapes(), {"scale": 1.0}, "sm90")
+
+
+@pytest.mark.parametrize("width", [128, 384, 512])
+def test_divisions_have_work_for_every_thread_block(width):
+    for units in (1, 2, 7, 33, 64, 128, 300):
+        for blocks in (1, 2, 10, 130, 1000):
+            parts, slices = divide(units, blocks, width, 132)
+            assert 1 <= parts <= min(blocks, MOST) and width % (slices * 128) == 0
+            assert slices == 1 or (parts > 1 and units * parts * slices <= 132)
+    if width == FULL:  # as measured
+        assert divide(1, 10, width, 132) == (10, 4) and divide(1, 130, width, 132) == (65, 2)
+        assert divide(128, 10, width, 132) == (1, 1)
 
 
 def test_it_lowers_for_a_gpu_that_need_not_be_there():

@@ -20,11 +20,11 @@ from pallas_kernels.sparse_attention.many.entries_sm90 import Named
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, Scratch
 from pallas_kernels.sparse_attention.products_sm90 import add_products
 from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit
+from pallas_kernels.sparse_attention.words_sm90 import LOG2_E
 
 ADDERS = 2
 AHEAD = 2  # blocks that are on their way to the L2 cache
 COLUMNS = 128  # of an accumulator: one instruction may not name more registers than a thread has at launch
-LOG2_E = math.log2(math.e)
 PER_HEAD = columns.ACCUMULATOR.reduce(1)  # a vector with one element a row of an accumulator
 
 

@@ -22,17 +22,15 @@ BLOCK = gather.ROWS  # entries that are multiplied at once
 
 
 class Named:
-    """What a thread block reads of a query's entries: those of split `split`, in blocks of BLOCK."""
+    """What a thread block reads: a query's entries, in blocks of BLOCK."""
 
-    def __init__(self, layouts, sources_gmem, query, tokens, split, splits):
+    def __init__(self, layouts, sources_gmem, query, tokens):
         self.query, self.sequence = query, lax.div(query, tokens)
         limits = [limit(layout, source, query) for layout, source in zip(layouts, sources_gmem, strict=True)]
         self.each = list(zip(layouts, sources_gmem, limits, strict=True))
         self.parts = layouts[0].parts
         self.first_blocks = blocks(limits[0])
-        total = functools.reduce(jnp.add, map(blocks, limits))
-        self.first = lax.div(total * split, splits)
-        self.blocks = lax.div(total * (split + 1), splits) - self.first
+        self.blocks = functools.reduce(jnp.add, map(blocks, limits))
 
     def names(self, i: jax.Array) -> jax.Array:
         """The numbers of the entries of block i, anything where it has fewer."""
@@ -60,7 +58,7 @@ class Named:
         """What loads block i, which lies there."""
         layouts, sources, _ = zip(*self.each, strict=True)
         of_sources = [gather.HELD.pieces(layout.parts) for layout in layouts]
-        second = (i + self.first >= self.first_blocks).astype(jnp.int32)
+        second = (i >= self.first_blocks).astype(jnp.int32)
         arrays = [source.arrays for source in sources]
         places = [place(layout, self.sequence, slots) for layout in layouts]
         of_each = (zip(*of_kind, strict=True) for of_kind in zip(*of_sources, strict=True))
@@ -70,7 +68,7 @@ class Named:
 
     def _of_block(self, i: jax.Array, function: Callable[..., Any]) -> Any:
         """function(layout, source, limit, start) of the source that block i is in."""
-        return of_source(function, self.each, self.first_blocks * BLOCK, (i + self.first) * BLOCK)
+        return of_source(function, self.each, self.first_blocks * BLOCK, i * BLOCK)
 
 
 def slot(layout: Layout, source: Source, sequence: jax.Array, number: jax.Array) -> jax.Array:

@@ -18,16 +18,15 @@ from jax import lax
 from pallas_kernels.sparse_attention.held_sm90 import TILE
 from pallas_kernels.sparse_attention.many import columns_sm90 as columns
 from pallas_kernels.sparse_attention.many import convert_sm90 as convert
-from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, LOG2_E, of_heads, scaled
+from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, of_heads, scaled
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, USUAL, Scratch
 from pallas_kernels.sparse_attention.turn_sm90 import turned
 from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit
+from pallas_kernels.sparse_attention.words_sm90 import LOG2_E
 
 
 class Whole(NamedTuple):
-    """What enters where a query's entries are not divided: the sinks of heads, and what channels from `turned_from` on
-    turn by.
-    """
+    """What enters at the end: the sinks of heads, and what channels from `turned_from` on turn by."""
 
     sink_gmem: Any
     factors_gmem: Any
@@ -47,34 +46,31 @@ def finish(
 ) -> None:
     """This adder's half of the channels of the output, and the log-sum-exp without the sink.
 
-    bfloat16 goes out through q's shared memory, as float16's bits; float32, the results of splits, at once. The first
-    `tiles` tiles of channels are those of codes. sums: of `blocks` blocks of entries.
+    bfloat16 goes out through q's shared memory, as float16's bits. The first `tiles` tiles of channels are those of
+    codes. sums: of `blocks` blocks of entries.
     """
     with jax.named_scope("wait for sums"):
         plgpu.barrier_wait(scratch["summed"])  # and nobody reads q any more
     share, lse = denominators(blocks, scratch, unit, whole.sink_gmem)
     q_smem, sums = scratch["q"], scaled(sums, share)
     half = q_smem.shape[-1]
-    out_gmem = out_gmem.at[unit.split, unit.query, unit.heads, pl.ds(me * half, half)]
+    out_gmem = out_gmem.at[unit.part, unit.query, unit.heads, pl.ds(me * half, half)]
     with jax.named_scope("put"):
         for adder in range(ADDERS):  # their channels are in different orders
-            pl.when(me == adder)(lambda adder=adder: put(unit, sums, q_smem, adder, whole, out_gmem, tiles))
-    if out_gmem.dtype != jnp.float32:
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_smem.at[me], out_gmem)
+            pl.when(me == adder)(lambda adder=adder: put(unit, sums, q_smem, adder, whole, tiles))
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_smem.at[me], out_gmem)
 
     @pl.when(me == 0)  # now: the fence before a copy waits for all that is stored before it
     def _lse():
-        lse_gmem[unit.split, unit.query, unit.heads] = lse
+        lse_gmem[unit.part, unit.query, unit.heads] = lse
 
     with jax.named_scope("wait for the copy"):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def put(
-    unit: Unit, sums: Sequence[jax.Array], q_smem: Any, adder: int, whole: Whole, out_gmem: Any, tiles: int
-) -> None:
-    """The output of an adder to q_smem, or to out_gmem if that is float32; channels in their own order."""
+def put(unit: Unit, sums: Sequence[jax.Array], q_smem: Any, adder: int, whole: Whole, tiles: int) -> None:
+    """The output of an adder to q_smem; channels in their own order."""
     each, half = sums[0].shape[1], q_smem.shape[-1]
     for i, x in enumerate(sums):
         begins = range(i * each, (i + 1) * each, TILE)
@@ -86,10 +82,7 @@ def put(
                 layout = convert.layout_of(is_codes)
                 factors_gmem = whole.factors_gmem.at[unit.query, :, pl.ds(adder * half + begin, TILE)]
                 tile = turned(tile, *(of_channels(factors_gmem.at[j], layout) for j in range(2)), layout)
-            if out_gmem.dtype == jnp.float32:
-                out_gmem[:, here] = tile
-            else:
-                q_smem[adder, :, here] = lax.bitcast_convert_type(tile.astype(jnp.bfloat16), jnp.float16)
+            q_smem[adder, :, here] = lax.bitcast_convert_type(tile.astype(jnp.bfloat16), jnp.float16)
 
 
 def of_channels(ref: Any, layout: Any) -> jax.Array:

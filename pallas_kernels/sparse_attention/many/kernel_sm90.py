@@ -3,7 +3,7 @@
     s[h, n] = scale q[h] . k[n],   out[h] = sum_n exp(s[h, n]) k[n] / (sum_n exp(s[h, n]) + exp(sink[h]))
 
 An entry is key and value at once, so that it is read, and made float16, once. One persistent thread block an SM takes
-queries, or parts of a query's entries where queries are few, in blocks of 64 entries. Four warpgroups:
+queries, in blocks of 64 entries. Four warpgroups:
 
 - two score, every other block each (score_sm90.py). They load its entries from wherever they lie into registers, make
   them float16 there, put them into a buffer of shared memory, and multiply them with q straight from the registers:
@@ -56,6 +56,7 @@ from pallas_kernels.sparse_attention.many.add_sm90 import ADDERS, add, prepare
 from pallas_kernels.sparse_attention.many.entries_sm90 import BLOCK, Layout, Named, Source
 from pallas_kernels.sparse_attention.many.epilogue_sm90 import Whole, finish
 from pallas_kernels.sparse_attention.many.score_sm90 import SCORERS, score
+from pallas_kernels.sparse_attention.tiling import Division
 from pallas_kernels.sparse_attention.units_sm90 import HEADS, Unit, Units, of_bits
 
 ADDER_REGISTERS = 160
@@ -70,7 +71,6 @@ def attend(
     *,
     tokens: int,
     scale: float,
-    splits: int = 1,
     turned_from: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """out [N, H, K] bfloat16 and lse float32 [N, H] of q bfloat16 [N, H, K], N = B * tokens, H a multiple of 64.
@@ -78,22 +78,20 @@ def attend(
     K is a multiple of 128. All sources have entries in the same format; their channels are those of their codes, filled
     up with zeros to a multiple of 64, and then of what is bfloat16, filled up to K. sink float32 [H], None for none.
     factors: see `turn_sm90.factors`, None where nothing is turned; channels before `turned_from` are not.
-    With splits, a query's entries are divided among so many thread blocks, and the results are those of each: out
-    float32 [splits, N, H, K] and lse [splits, N, H], without the sink.
     """
-    units, width = Units.of(q, splits), q.shape[-1]
+    units, width = Units.of(q, Division()), q.shape[-1]
     layouts, held = [layout for layout, _ in sources], [source for _, source in sources]
     formats = {(layout.parts.tiles, layout.parts.tails) for layout in layouts}
     assert width % (ADDERS * TILE) == 0, f"{width} channels"
     assert len(formats) == 1 and sum(*formats) * TILE <= width, f"entries of {formats} tiles, {width} channels"
 
     def kernel(q_gmem, sources_gmem, sink_gmem, factors_gmem, out_gmem, lse_gmem, **scratch):
-        whole = Whole(sink_gmem, factors_gmem, turned_from) if splits == 1 else Whole(None, None, turned_from)
+        whole = Whole(sink_gmem, factors_gmem, turned_from)
         warpgroup = lax.axis_index("warpgroup")
 
         def unit(index: jax.Array) -> tuple[Unit, Named]:
             at = units[index]
-            return at, Named(layouts, sources_gmem, at.query, tokens, at.split, splits)
+            return at, Named(layouts, sources_gmem, at.query, tokens)
 
         @pl.when(warpgroup < SCORERS)
         def _score():

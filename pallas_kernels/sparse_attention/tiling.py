@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 # Microseconds on an H200, to within a tenth or so: what a thread block takes for 64 entries, to add their channels, to
 # store its own, and beside that; what combining takes, and for a part of 64 heads and 512 channels, written and read.
-BLOCK, ADD, STORE, APART, COMBINE, PART = 2.2, 0.3, 3.0, 2.5, 1.7, 0.05
+BLOCK, ADD, STORE, APART, COMBINE, PART = 2.2, 0.3, 3.0, 2.5, 1.7, 0.04
 MOST = 66  # parts that combining has in registers
 LEAST_SLICE = 128  # channels: a tile of 64 for both warpgroups
 

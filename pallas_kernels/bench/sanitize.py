@@ -65,7 +65,7 @@ def cases() -> Iterator[Bench]:
     yield index_scores.bench(ScoreCase("scores", 3, 2, 200, 8, 64))
     yield index_scores.bench(ScoreCase("fp4 scores", 3, 2, 200, 8, 64, keys="fp4"))
     yield from map(compress.bench, SMALL)
-    for batch, window in ((3, 30), (3, 300), (40, 300)):  # the kernel for few, whole and divided, and that for many
+    for batch, window in ((3, 300), (40, 300), (70, 300)):  # the kernel for few, divided and not, and that for many
         yield sparse_attention.bench(DecodeCase(f"attention {batch} x 2, {window} + 70", 64, batch, 2, 70, window))
     yield sparse_attention_prefill.bench(PrefillCase("prefill", 5, 70, 20))
     yield from (top_k.bench(TopKCase(f"top 5 of {entries}", 3, entries, 5)) for entries in (100, 16384))

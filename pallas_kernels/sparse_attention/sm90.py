@@ -15,7 +15,7 @@ from pallas_kernels.quant.pages import page_bytes, page_layout
 from pallas_kernels.rotary import Rotation
 from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import reference
-from pallas_kernels.sparse_attention.tiling import divide
+from pallas_kernels.sparse_attention.tiling import divide, takes_many
 
 if TYPE_CHECKING:
     from pallas_kernels.sparse_attention.entries_sm90 import Layout, Source
@@ -25,7 +25,6 @@ WIDTH = 512  # channels at most
 TILE = 64  # channels that share a scale
 PIECE = 16  # bytes that are loaded at once
 MOST_QUERIES = 4  # of a sequence
-MANY = 4  # blocks of a query that is not divided, from which on it takes the kernel for many
 LIST = 64  # entries of a list that are loaded at once
 
 
@@ -165,13 +164,14 @@ def _attend(
     flat = _filled(_at(q.reshape(batch * tokens, heads, width), spread), 1, filled)
     sink = None if sink is None else _filled(sink.astype(jnp.float32), 0, filled)
     blocks = sum(-(-layout.most // entries_sm90.BLOCK) for layout, _ in sources)
-    division = divide(batch * tokens * filled // HEADS, blocks, flat.shape[-1], sm_count())
+    units = batch * tokens * filled // HEADS
+    division = divide(units, blocks, flat.shape[-1], sm_count())
     factors, turned_from = None, flat.shape[-1]
     if rotation is not None:
         end = sum(spread[-1])
         factors, turned_from = turn_sm90.factors(rotation, flat.shape[-1], end), end - 2 * rotation.cos.shape[-1]
     attend = functools.partial(kernel_sm90.attend, division=division)
-    if division.parts == 1 and blocks >= MANY:
+    if division.parts == 1 and takes_many(units, blocks, sm_count()):
         attend = functools.partial(many_sm90.attend, turned_from=turned_from)
     out, lse = attend(flat, sources, sink, factors, tokens=tokens, scale=scale)
     if division.parts > 1:

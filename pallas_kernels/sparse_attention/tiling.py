@@ -8,6 +8,7 @@ from typing import NamedTuple
 # store its own, and beside that; what combining takes, and for a part of 64 heads and 512 channels, written and read.
 BLOCK, ADD, STORE, APART, COMBINE, PART = 2.2, 0.3, 3.0, 2.5, 1.7, 0.04
 MOST = 66  # parts that combining has in registers
+MANY = 4  # blocks of a query, from which on the kernel for many is faster for several of them
 LEAST_SLICE = 128  # channels: a tile of 64 for both warpgroups
 
 
@@ -36,3 +37,8 @@ def divide(units: int, blocks: int, width: int, sms: int) -> Division:
         if width % (slices * LEAST_SLICE) == 0 and units * parts * slices <= sms
     ]
     return min(possible, key=microseconds)
+
+
+def takes_many(units: int, blocks: int, sms: int) -> bool:
+    """Whether the kernel for many takes units that are not divided: its thread blocks' next units begin early."""
+    return units > sms and blocks >= MANY

@@ -21,7 +21,7 @@ from pallas_kernels.row_format import entry_format
 from pallas_kernels.sparse_attention import api, sm90, sparse_attention
 from pallas_kernels.sparse_attention import kernel_sm90 as few_sm90
 from pallas_kernels.sparse_attention.many import kernel_sm90 as many_sm90
-from pallas_kernels.sparse_attention.tiling import MOST, Division, divide
+from pallas_kernels.sparse_attention.tiling import MOST, Division, divide, takes_many
 from tests.kernels.compiled import encode_rows
 
 FORM = entry_format("fp8", 64)
@@ -123,7 +123,7 @@ def which(request, monkeypatch):
 
     watched("few", few_sm90)
     watched("many", many_sm90)
-    monkeypatch.setattr(sm90, "MANY", {"few": 10**6, "many": 0}[request.param])
+    monkeypatch.setattr(sm90, "takes_many", lambda *_: request.param == "many")
     if request.param == "many":  # for queries that are not divided
         monkeypatch.setattr(sm90, "divide", lambda *_: Division())
     forget()
@@ -354,6 +354,7 @@ def test_divisions_have_work_for_every_thread_block(width):
     if width == FULL:  # as measured
         assert divide(1, 10, width, 132) == (10, 4) and divide(1, 130, width, 132) == (65, 2)
         assert divide(128, 10, width, 132) == (1, 1)
+        assert takes_many(256, 10, 132) and not takes_many(256, 3, 132) and not takes_many(128, 10, 132)
 
 
 def test_it_lowers_for_a_gpu_that_need_not_be_there():

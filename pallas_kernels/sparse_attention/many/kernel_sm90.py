@@ -24,9 +24,9 @@ The order of a query's sums depends on its own entries and on how many queries t
 Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; 230 KB through shared memory, 1800
 cycles; 900 instructions of a scoring warp. Next to no register is spilled: local memory would share an L1 cache of 28
 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
-Measured on an H200 (4.8 TB/s), 64 heads: 128 queries of 128 + 512 entries 37.6 us, 36 % of the bytes' limit (the kernel
-for few 37.1, FlashMLA 47.5), 256 70.5 (85.9, 89.0), 512 137, 64 of 128 + 8192 191 us, 37 % (189, 246); 128 queries of
-128 heads, 128 + 1024, 107 us, 37 % of the FLOPs'. One query takes 17.3 us, which is why there is the kernel for few.
+Measured on an H200 (4.8 TB/s), 64 heads: 256 queries of 128 + 512 entries 70.4 us, 38 % of the bytes' limit (the kernel
+for few 85.9, FlashMLA 89.9), 512 137; 128 queries of 128 heads, 128 + 1024, 106 us, 37 % of the FLOPs'. 128 queries
+take 37.5 us, one 17.3: where multiprocessors have a query each or less, the kernel for few is faster (36.4, 7.7).
 Of a scorer's 60 700 cycles for five blocks 17 000 convert and multiply, 9500 look up and ask, 5400 make weights, 6300
 wait for q, the buffer or the reference; the rest, 4400 a block, are logits and rows that have not come. By count, 64
 entries pass 4000 cycles' worth through the L1 cache and shared memory in this kernel and in that for few, and whatever

@@ -22,6 +22,7 @@ Bound: (N K + M K + 2 M N) bytes / 3.35 TB/s and about 2 us of launch and latenc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,21 +158,11 @@ def few_rows(
                         found.append(tuple(scale_product(of_tokens, scale) for scale in of_weights))
                     return tuple(found)
 
-                def step(i, state):
-                    scales, sums = state
-                    slot = lax.rem(carry + i, stages)
-                    plgpu.barrier_wait(filled.at[slot])
-                    following = scales_of(jnp.minimum(i + 1, steps - 1))
-
-                    def operands(j, columns):
-                        return w_smem.at[slot, j, rows_smem, columns], x_smem.at[slot, :, columns]
-
-                    sums = with_stage(sums, operands, scales, blocks)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return following, sums
+                def operands(_, slot, j, columns):
+                    return w_smem.at[slot, j, rows_smem, columns], x_smem.at[slot, :, columns]
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, rows), jnp.float32), plgpu.Layout.WGMMA)
-                _, sums = lax.fori_loop(0, steps, step, (scales_of(0), (zero,) * count))
+                sums = over_stages((zero,) * count, operands, scales_of, blocks, steps, carry, filled, free)
 
                 def finish(sums):
                     if once:
@@ -215,6 +206,34 @@ def few_rows(
         },
     )(x, x_scale, [w for w, _ in weights], [scale for _, scale in weights], expert, real, factors)
     return y
+
+
+def over_stages(
+    sums: tuple[jax.Array, ...],
+    operands: Callable[..., tuple[Any, Any]],
+    scales_of: Callable[[Any], Any],
+    blocks: int,
+    steps: int,
+    before: Any,
+    filled: Any,
+    free: Any,
+) -> tuple[jax.Array, ...]:
+    """`with_stage` of `steps` stages, `before` of which there have been others; scales are asked for a stage ahead.
+
+    operands: of a step and its buffer, and of what `with_stage` says. scales_of: the scales of a step.
+    """
+    stages = filled.shape[0]
+
+    def step(i, state):
+        scales, sums = state
+        slot = lax.rem(before + i, stages)
+        plgpu.barrier_wait(filled.at[slot])
+        following = scales_of(jnp.minimum(i + 1, steps - 1))
+        sums = with_stage(sums, functools.partial(operands, i, slot), scales, blocks)
+        plgpu.barrier_arrive(free.at[slot])
+        return following, sums
+
+    return lax.fori_loop(0, steps, step, (scales_of(0), sums))[1]
 
 
 def with_stage(

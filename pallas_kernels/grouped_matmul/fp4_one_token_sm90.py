@@ -12,8 +12,6 @@ Bound: k N K (1/2 + 1/32) bytes a weight / 3.35 TB/s, and the latencies that one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -21,52 +19,37 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, produce
-from pallas_kernels.block_matmul.split_k import AXIS, Shares, clusters
-from pallas_kernels.formats import QuantFormat
+from pallas_kernels.block_matmul.split_k import Shares
 from pallas_kernels.grouped_matmul.fp4_products_sm90 import LINE, Products, Slab, Tokens
-from pallas_kernels.grouped_matmul.one_token_sm90 import write
 from pallas_kernels.grouped_matmul.one_token_tiling import ROWS, SCALE_WORDS, Mxfp4Token
+from pallas_kernels.grouped_matmul.one_token_work_sm90 import Work
 from pallas_kernels.grouped_matmul.own_row_sm90 import OwnRow
 from pallas_kernels.grouped_matmul.tiling import GROUP, SCALED
 from pallas_kernels.grouped_matmul.turns_sm90 import Turns
 from pallas_kernels.mosaic.e2m1_apart import UNIT
 
 
-def product(
-    rows: jax.Array,
-    experts: jax.Array,
-    weights: Sequence[tuple[jax.Array, jax.Array]],
-    tiling: Mxfp4Token,
-    form: QuantFormat,
-    *,
-    added: bool,
-    factors: jax.Array | None = None,
-    epilogue: Callable[..., jax.Array] = lambda sums, factors: sums,
-) -> jax.Array:
+def product(work: Work, tiling: Mxfp4Token) -> jax.Array:
     """As one_token_sm90.product, of packed codes uint8 [E, N, K/2], low nibble first, and UE8M0 scales [E, N, K/32]."""
-    (_, n, packed), stages, blocks, depth = weights[0][0].shape, tiling.stages, tiling.blocks, tiling.blocks * BLOCK
-    k, terms, count = 2 * packed, len(experts) if added else 1, len(weights)
-    results, rows_each, warpgroups = len(experts) // terms, WGMMA_ROWS * tiling.teams, tiling.warpgroups
-    tiles, of_term, steps = n // rows_each, k // depth, terms * k // depth // tiling.shares
-    launched = clusters(tiling.shares, tiles * results)
-    shares = Shares(tiling.shares, count, WGMMA_ROWS, ROWS, tiling.teams, launched, tiling.turns)
+    stages, warpgroups, blocks, depth = tiling.stages, tiling.warpgroups, tiling.blocks, tiling.blocks * BLOCK
+    rows_each, count, (terms, k) = WGMMA_ROWS * tiling.teams, len(work.weights), work.rows.shape
+    cut = work.cut(rows_each, depth, tiling.shares, codes=2)
+    shares = Shares(tiling.shares, count, WGMMA_ROWS, ROWS, tiling.teams, cut.clusters, tiling.turns)
     turns = Turns(tiling.teams, tiling.turns, count, ROWS)
-    own = OwnRow(steps, blocks, warpgroups, form, evens=True)
-    assert rows.shape == (terms, k), f"rows {rows.shape} for {terms} experts [{n}, {k}]"
+    own = OwnRow(cut.steps, blocks, warpgroups, work.form, evens=True)
     whole = SCALED * tiling.shares * tiling.turns
-    assert (n % rows_each, k % SCALED, terms * k % whole) == (0, 0, 0), f"{(n, k, terms)} by {tiling}"
+    assert (k % SCALED, terms * k % whole) == (0, 0), f"{(terms, k)} by {tiling}"
 
     def kernel(row_gmem, expert_gmem, w_gmems, w_scale_gmems, factors_gmem, y_gmem, *exchanged, **scratch):
         w_smem, w_scale_smem, filled, free = (scratch[name] for name in ("w", "w_scale", "filled", "free"))
         warpgroup = lax.axis_index("warpgroup")
-        first_step = 0 if tiling.shares == 1 else lax.axis_index(AXIS) * steps
-        loop = {"grid": (results, tiles), "collective_axes": "sm", "init_carry": jnp.int32(0)}
+        first_step, loop = cut.first_step, cut.loop
 
         @pl.when(warpgroup == warpgroups)
         def _produce():
             def copy(info, i, slot):
-                (result, tile), at = info.index, first_step + i
-                expert, step = expert_gmem[result * terms + lax.div(at, of_term)], lax.rem(at, of_term)
+                result, tile = info.index
+                expert, step = cut.place(expert_gmem, first_step, result, i)
                 rows_gmem, of_codes = pl.ds(tile * rows_each, rows_each), pl.ds(step * (depth // 2), depth // 2)
                 around = pl.ds(lax.div(step * depth, SCALED) * (SCALED // GROUP), SCALED // GROUP)
                 for gmems, smem, columns in ((w_gmems, w_smem, of_codes), (w_scale_gmems, w_scale_smem, around)):
@@ -74,7 +57,7 @@ def product(
                         source = gmem.at[expert, rows_gmem, columns]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot, j], filled.at[slot])
 
-            produce(loop, steps, stages, free, copy)
+            produce(loop, cut.steps, stages, free, copy)
 
         @pl.when(warpgroup < warpgroups)
         def consume():
@@ -104,32 +87,22 @@ def product(
                 def finish(sums):
                     row = (tile * tiling.teams + team) * WGMMA_ROWS
                     sums = [total * UNIT for total in sums]
-                    write(sums, factors_gmem, epilogue, result, row, y_gmem)
+                    work.write(sums, factors_gmem, result, row, y_gmem)
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, ROWS), jnp.float32), plgpu.Layout.WGMMA)
-                sums = lax.fori_loop(0, steps // tiling.turns, step, (zero,) * count)
+                sums = lax.fori_loop(0, cut.steps // tiling.turns, step, (zero,) * count)
                 turns.add_up(sums, scratch, lambda sums: shares.add_up(sums, exchanged, scratch, finish))
-                return carry + steps
+                return carry + cut.steps
 
     line = min(depth, LINE) // 2
     halves = plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line)
-    y, *_ = plgpu.kernel(
-        kernel,
-        out_type=(jax.ShapeDtypeStruct((results, n), jnp.bfloat16), *shares.outputs()),
-        grid=(launched,),
-        grid_names=("sm",),
-        **shares.launch(),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types={
-            "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
-            "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // GROUP), jnp.uint8),
-            "tables": plgpu.SMEM((warpgroups, count, WGMMA_ROWS, SCALE_WORDS), jnp.int32),
-            "filled": plgpu.Barrier(num_arrivals=2 * count, num_barriers=stages),
-            "free": plgpu.Barrier(num_arrivals=tiling.teams, num_barriers=stages),
-            **own.scratch(),
-            **turns.scratch(),
-            **shares.scratch(),
-        },
-    )(rows.reshape(-1, BLOCK), experts, [w for w, _ in weights], [scale for _, scale in weights], factors)
-    return y
+    scratch = {
+        "w": plgpu.SMEM((stages, count, rows_each, depth // 2), jnp.uint8, transforms=halves),
+        "w_scale": plgpu.SMEM((stages, count, rows_each, SCALED // GROUP), jnp.uint8),
+        "tables": plgpu.SMEM((warpgroups, count, WGMMA_ROWS, SCALE_WORDS), jnp.int32),
+        "filled": plgpu.Barrier(num_arrivals=2 * count, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=tiling.teams, num_barriers=stages),
+        **own.scratch(),
+        **turns.scratch(),
+    }
+    return work.launch(kernel, cut, shares, warpgroups, scratch)

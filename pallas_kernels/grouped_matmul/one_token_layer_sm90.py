@@ -21,6 +21,7 @@ from pallas_kernels.formats import FP8_GROUP, QuantFormat
 from pallas_kernels.grouped_matmul import fp4_one_token_sm90, one_token_sm90
 from pallas_kernels.grouped_matmul.activate import activate
 from pallas_kernels.grouped_matmul.one_token_tiling import Mxfp4Token, OneToken
+from pallas_kernels.grouped_matmul.one_token_work_sm90 import Work
 from pallas_kernels.mosaic.scales import scale_bytes
 from pallas_kernels.quant import QuantTensor
 from pallas_kernels.router import Routing
@@ -42,10 +43,10 @@ def experts(
     factors = routing.weights.reshape(-1).astype(jnp.float32)
 
     def product(rows: jax.Array, weights: Any, cut: Any, **how: Any) -> jax.Array:
-        pairs = [(w.values, scale_bytes(w.scale)) for w in weights]
+        work = Work(rows, chosen, [(w.values, scale_bytes(w.scale)) for w in weights], activations, **how)
         if isinstance(cut, Mxfp4Token):
-            return fp4_one_token_sm90.product(rows, chosen, pairs, cut, activations, **how)
-        return one_token_sm90.product(rows, chosen, pairs, cut, activations, **how)
+            return fp4_one_token_sm90.product(work, cut)
+        return one_token_sm90.product(work, cut)
 
     how: dict[str, Any] = {"factors": factors, "epilogue": functools.partial(activate, limit=limit, across=1)}
     hidden = product(x, (w1, w3), tiling.gate_up, added=False, **how)

@@ -120,8 +120,15 @@ LARGE = (
             ManyRows(256, 128, 4, "rows"),
             ManyRows(128, 128, 4, "rows"),
         )
-        for in_turn, cluster, along in ((True, 1, "rows"), (False, 1, "rows"), (True, 2, "rows"), (True, 2, "columns"))
+        for in_turn, cluster, along in (
+            (True, 1, "rows"),
+            (False, 1, "rows"),
+            (True, 2, "rows"),
+            (False, 2, "rows"),
+            (True, 2, "columns"),
+        )
     ),
+    *(ManyRows(128, 256, 4, "columns", width=width, cluster=2) for width in (1, 2)),
     *(
         ManyRows(128, 128, 6, "rows", blocks=blocks, in_flight=blocks, cluster=cluster, in_turn=in_turn)
         for cluster, in_turn, blocks in ((1, False, 2), (2, False, 1), (2, True, 1), (2, False, 2), (2, True, 2))

@@ -54,6 +54,7 @@ def cases() -> Iterator[Bench]:
     yield from (weight_only.bench(weight_only.WeightOnlyCase(f"weight-only m={m}", m, 256, 512, 2)) for m in (3, 130))
     yield grouped_matmul.bench(GroupedCase("few rows", 3, 512, 512, (8,), experts=3, hit=2))
     yield grouped_matmul.bench(GroupedCase("many rows", 130, 256, 512, (128,), 2, experts=3, hit=2))
+    yield grouped_matmul.bench(GroupedCase("rows of clusters", 200, 512, 512, (256,), experts=3, hit=2))
     yield expert_layer.bench(LayerCase("layer", 5, 512, 512, 4, 2))
     yield expert_layer.bench(LayerCase("layer of many rows", 200, 512, 512, 3, 2))
     yield expert_layer.bench(LayerCase("mxfp4 layer", 5, 512, 512, 4, 2, mxfp4=True))

@@ -3,9 +3,9 @@
 a [M, K] and w [N, K] are E4M3 or E5M2, b runs over the blocks of 128 along K. Scales that do not vary along K multiply
 the finished sums instead: y[m, n] = sa[m] sb[n] sum_b a[m, b] . w[n, b].
 
-Rows may be grouped by expert, in blocks of tile_m that belong to one expert each, and several weights may share their
-input, as the gate and up projections do. One persistent thread block an SM takes output tiles in an order that keeps
-their operands in the L2 cache. Three warpgroups:
+Rows may be grouped by expert, in blocks of one expert each (a tile, or those of a cluster along rows), and several
+weights may share their input, as the gate and up projections do. One persistent thread block an SM takes output tiles
+in an order that keeps their operands in the L2 cache. Three warpgroups:
 
 - the producer runs ahead, across tiles, and copies one K block of both operands (TMA, 128-byte swizzle) into each of
   `stages` buffers;
@@ -38,6 +38,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
+from pallas_kernels.block_matmul.order_sm90 import Order
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, ROWS, WGMMA_ROWS, produce, scaled, swizzled
 from pallas_kernels.block_matmul.results_sm90 import Codes, Plain, makes_codes
 from pallas_kernels.block_matmul.row_blocks import RowBlocks
@@ -47,6 +48,7 @@ from pallas_kernels.block_matmul.tiling import ManyRows
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.mosaic import fresh_wgmma
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.launch import compiler_params
 from pallas_kernels.mosaic.scale_words import BYTES
 
 REGISTERS = 232  # of a thread of a consumer
@@ -81,8 +83,8 @@ def many_rows(
     """y [M, N]: `epilogue` of the products of a [M, K] with every weight; of a format, its codes and scales.
 
     weights: pairs of codes [N, K], all of one type, and scales [N/128, K/128], or [N] where a_scale is [M]; with a
-    leading expert axis where `row_blocks` (of tile_m rows) is given; blocks that are not real are not written. Several
-    weights need a tile that is split by rows.
+    leading expert axis where `row_blocks` (of tiling.rows rows) is given; blocks that are not real are not written.
+    Several weights need a tile that is split by rows.
     factors float32 [M]: for the epilogue, which gets the float32 sums [64, columns] of each weight and the factors
     [64] of its rows (None without).
     """
@@ -93,11 +95,11 @@ def many_rows(
     launched = clusters(cluster * tiling.shares, cut.row_tiles * cut.column_tiles // cluster)
     shares = Shares(tiling.shares, cut.parts * count, WGMMA_ROWS, cut.finished, CONSUMERS, launched)
     assert not isinstance(out_dtype, QuantFormat) or makes_codes(tiling), f"{tiling} has no whole groups of columns"
-    results = Codes(cut, out_dtype) if isinstance(out_dtype, QuantFormat) else Plain(cut, out_dtype)
-    assert cut.across[0] == 1 or row_blocks is None, "neighbouring row blocks may belong to different experts"
+    one_each = launched * cluster == cut.row_tiles * cut.column_tiles
+    results = Codes(cut, out_dtype) if isinstance(out_dtype, QuantFormat) else Plain(cut, out_dtype, one_each)
     once = a_scale.ndim == 1  # scales multiply finished sums
     in_words = not once and a_scale.dtype == jnp.uint8 and BYTES % blocks == steps % BYTES == 0
-    early_words = in_words and row_blocks is None  # of a tile that may not be there: only where it has no expert
+    experts = weights[0][0].shape[0]
     early_wait = blocks == 1 and len(cut.products) > tiling.in_flight
 
     def kernel(
@@ -109,20 +111,8 @@ def many_rows(
         warpgroup = lax.axis_index("warpgroup")
         share = 0 if tiling.shares == 1 else lax.axis_index(AXIS)
         first_block = share * steps
-        row_tiles = cut.row_tiles if count_gmem is None else count_gmem[0]
-        grid = row_tiles // cut.across[0], cut.column_tiles // cut.across[1]
-        tiles = grid[0] * grid[1]
-        loop = {"grid": (tiles,), "collective_axes": "sm", "init_carry": jnp.int32(0)}
-
-        def tile_of(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            # Rows of one expert are neighbours: in one tile of the order they read its weights once.
-            row, column = plgpu.planar_snake(index, grid, 0 if tiling.rows_first else 1, tiling.width)
-            of_cluster = 0 if cluster == 1 else lax.axis_index("block")
-            down, across = cut.across
-            return row * down + (of_cluster if down > 1 else 0), column * across + (of_cluster if across > 1 else 0)
-
-        def of_expert(gmem, row):
-            return gmem if expert_gmem is None else gmem.at[expert_gmem[row]]
+        order = Order(cut, expert_gmem, count_gmem, experts)
+        loop = {"grid": (order.count,), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         @pl.when(warpgroup == CONSUMERS)
         def _produce():
@@ -131,22 +121,25 @@ def many_rows(
             shared = "block" if cluster > 1 and not is_interpreted() else None
             shared_a, shared_w = (None, shared) if cut.across[0] > 1 else (shared, None)
 
-            def copy(info, i, slot):
-                row, column = tile_of(info.index[0])
+            def copy(of_tile, i, slot):
+                (row, column), expert = of_tile
                 rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * tile_n, tile_n)
                 block = pl.ds((first_block + i) * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(
                     a_gmem.at[rows, block], a_smem.at[slot], filled.at[slot], collective_axes=shared_a
                 )
                 for j, w_gmem in enumerate(w_gmems):
-                    source = of_expert(w_gmem, row).at[columns, block]
+                    source = order.of_expert(w_gmem, expert).at[columns, block]
                     plgpu.copy_gmem_to_smem(source, w_smem.at[slot, j], filled.at[slot], collective_axes=shared_w)
 
             def end(slot):
                 for _ in range(1 + count):
                     plgpu.barrier_arrive(filled.at[slot])
 
-            produce(loop, steps, stages, free, copy, end=end if early_wait else None)
+            def found(info):
+                return order.found(info.index[0])
+
+            produce(loop, steps, stages, free, copy, found, end if early_wait else None)
 
         @pl.when(warpgroup < CONSUMERS)
         def consume():
@@ -157,24 +150,25 @@ def many_rows(
             if tiling.in_turn:
                 pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
 
-            def scales_of(tile: tuple[jax.Array, jax.Array]) -> TileScales:
+            def scales_of(tile: tuple[jax.Array, jax.Array], expert: Any) -> TileScales:
                 row, column = tile
                 rows = [pl.ds(row * tile_m + first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(cut.parts)]
-                weights_gmem = [of_expert(gmem, row) for gmem in w_scale_gmems]
+                weights_gmem = [order.of_expert(gmem, expert) for gmem in w_scale_gmems]
                 block = (column * tile_n + first_column) // BLOCK
                 return TileScales(a_scale_gmem, weights_gmem, rows, block, first_block, steps)
 
             if early_wait:
                 plgpu.barrier_wait(filled.at[0])
-            first_words = scales_of(tile_of(lax.axis_index("sm"))).words(0) if early_words else ()
-
-            own_loop: dict[str, Any] = loop | {"init_carry": (jnp.int32(0), first_words)}
+            tile, expert = order.found(lax.axis_index("sm"))
+            first_words = scales_of(tile, expert).words(0) if in_words else ()
+            own_loop: dict[str, Any] = loop | {"init_carry": (jnp.int32(0), expert, first_words)}
 
             @plgpu.nd_loop(**own_loop)
             def _tiles(info, carry):
-                done, words = carry
-                row, column = tile_of(info.index[0])
-                scales = scales_of((row, column))
+                done, expert, words = carry
+                row, column = order.tile(info.index[0])
+                scales = scales_of((row, column), expert)
+                next_tile, next_expert = order.found(info.index[0] + launched)
 
                 def step(i, found, sums):
                     """An iteration: its products added, times the scales found, to the sums."""
@@ -232,14 +226,15 @@ def many_rows(
 
                 zero = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, cut.columns), jnp.float32), plgpu.Layout.WGMMA)
                 sums = (zero,) * (cut.parts * count)
-                if in_words:
-                    state = words if early_words else scales.words(0), sums
-                    _, sums = lax.fori_loop(0, steps // BYTES, by_word, state)
-                else:
-                    state = () if once else scales.blocks(0, blocks), sums
-                    _, sums = lax.fori_loop(0, steps // blocks, by_block, state)
-                if early_words:  # before the results are on their way out
-                    words = scales_of(tile_of(jnp.minimum(info.index[0] + launched, tiles - 1))).words(0)
+                with jax.named_scope("multiply"):
+                    if in_words:
+                        state = words, sums
+                        _, sums = lax.fori_loop(0, steps // BYTES, by_word, state)
+                    else:
+                        state = () if once else scales.blocks(0, blocks), sums
+                        _, sums = lax.fori_loop(0, steps // blocks, by_block, state)
+                if in_words:  # before the results are on their way out
+                    words = scales_of(next_tile, next_expert).words(0)
                 first_finished = column * tile_n + first_column + share * cut.finished
                 if tiling.shares > 1:
                     for to in range(tiling.shares):
@@ -248,21 +243,22 @@ def many_rows(
                     shares.sent(scratch)
                     sums = shares.receive(exchanged, scratch)
 
-                for part, rows in enumerate(scales.rows):
-                    of_rows, of_part = None, sums[part * count : (part + 1) * count]
-                    if once:
-                        columns = pl.ds(first_finished, cut.finished)
-                        of_part = [
-                            scaled(x, a_scale_gmem.at[rows], gmem.at[columns])
-                            for x, gmem in zip(of_part, scales.weights_gmem, strict=True)
-                        ]
-                    if factors_gmem is not None:
-                        of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
-                    y = epilogue(*of_part, of_rows)
-                    results.write(y, rows, first_finished, warpgroup, outs, scratch)
+                with jax.named_scope("finish"):
+                    for part, rows in enumerate(scales.rows):
+                        of_rows, of_part = None, sums[part * count : (part + 1) * count]
+                        if once:
+                            columns = pl.ds(first_finished, cut.finished)
+                            of_part = [
+                                scaled(x, a_scale_gmem.at[rows], gmem.at[columns])
+                                for x, gmem in zip(of_part, scales.weights_gmem, strict=True)
+                            ]
+                        if factors_gmem is not None:
+                            of_rows = plgpu.load(factors_gmem.at[rows], layout=ROWS, optimized=False)
+                        y = epilogue(*of_part, of_rows)
+                        results.write(y, rows, first_finished, warpgroup, outs, scratch)
                 if tiling.shares > 1:
                     shares.take(scratch)
-                return done + steps, words
+                return done + steps, next_expert, words
 
             if tiling.in_turn:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))
@@ -281,6 +277,7 @@ def many_rows(
         **(neighbours | shares.launch()),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
+        compiler_params=compiler_params(),
         scratch_types={
             "a": plgpu.SMEM((stages, tile_m, BLOCK), a.dtype, transforms=swizzled(1)),
             "w": plgpu.SMEM((stages, count, tile_n, BLOCK), weights[0][0].dtype, transforms=swizzled(1)),

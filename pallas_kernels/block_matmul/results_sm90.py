@@ -18,6 +18,7 @@ from pallas_kernels.block_matmul.cut import CONSUMERS, Cut
 from pallas_kernels.block_matmul.pipeline_sm90 import BLOCK, WGMMA_ROWS, swizzled
 from pallas_kernels.block_matmul.tiling import ManyRows
 from pallas_kernels.formats import QuantFormat
+from pallas_kernels.mosaic import row_store
 from pallas_kernels.mosaic.launch import store_narrow
 from pallas_kernels.quantize_rows.kernel_sm90 import quantized
 
@@ -28,23 +29,43 @@ def makes_codes(tiling: ManyRows) -> bool:
 
 
 class Plain(NamedTuple):
-    """y [M, N] in `dtype`. It goes out through two buffers, so that one is copied while the next is written."""
+    """y [M, N] in `dtype`.
+
+    It goes out through two buffers, so that one is copied while the next is written; or, where thread blocks have
+    `one_each` of the tiles and nothing to do behind it, straight from registers.
+    """
 
     cut: Cut
     dtype: DTypeLike
+    one_each: bool
+
+    @property
+    def at_once(self) -> bool:
+        """Whether results go out straight from registers."""
+        return (
+            self.one_each
+            and jnp.dtype(self.dtype).itemsize == row_store.BYTES
+            and self.cut.finished % row_store.COLUMNS == 0
+        )
 
     def outputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         return (jax.ShapeDtypeStruct((self.cut.m, self.cut.n), self.dtype),)
 
     def scratch(self) -> dict[str, Any]:
         cut = self.cut
+        if self.at_once:
+            return {}
         layout = swizzled(jnp.dtype(self.dtype).itemsize, cut.stored)
         return {"y": plgpu.SMEM((CONSUMERS, cut.pieces, WGMMA_ROWS, cut.stored), self.dtype, transforms=layout)}
 
     def write(self, y: jax.Array, rows: Any, first_column: Any, warpgroup: Any, outs: Any, scratch: Any) -> None:
         """float32 y [64, columns], which are `rows` from `first_column` on."""
-        (y_gmem,), y_smem, stored, pieces = outs, scratch["y"], self.cut.stored, self.cut.pieces
+        (y_gmem,), stored, pieces = outs, self.cut.stored, self.cut.pieces
         y = y.astype(self.dtype)
+        if self.at_once:
+            row_store.store(y_gmem.at[rows, pl.ds(first_column, self.cut.finished)], y)
+            return
+        y_smem = scratch["y"]
         for piece in range(pieces):
             plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
             y_smem[warpgroup, piece] = y[:, piece * stored : (piece + 1) * stored]

@@ -41,6 +41,11 @@ class ManyRows:
     in_turn: bool = False
     shares: int = 1
 
+    @property
+    def rows(self) -> int:
+        """That read the same tile of the weights, and belong to one expert."""
+        return self.tile_m * (self.cluster if self.cluster_along == "rows" else 1)
+
 
 @dataclass(frozen=True)
 class FewRows:

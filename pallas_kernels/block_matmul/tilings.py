@@ -146,7 +146,7 @@ def few_rows_reason(tiling: FewRows, problem: Problem) -> str | None:
 
 def many_rows_reason(tiling: ManyRows, problem: Problem) -> str | None:
     """Why kernel_sm90 cannot cut the problem so; None if it can."""
-    by_rows, in_blocks = tiling.split == "rows", problem.rows > 0 or problem.experts > 1
+    by_rows = tiling.split == "rows"
     rows, columns = tiling.tile_m // (CONSUMERS if by_rows else 1), tiling.tile_n // (1 if by_rows else CONSUMERS)
     down, across = (tiling.cluster, 1) if tiling.cluster_along == "rows" else (1, tiling.cluster)
     products = tiling.blocks * (rows // WGMMA_ROWS) * problem.weights
@@ -160,10 +160,10 @@ def many_rows_reason(tiling: ManyRows, problem: Problem) -> str | None:
         return f"{tiling.shares} shares, a power of two, in a cluster of {size}: at most {MOST_SHARES}"
     if problem.n % (tiling.tile_n * across) or problem.k % depth:
         return f"weights [{problem.n}, {problem.k}] in tiles [{tiling.tile_n * across}, {depth}]"
-    if problem.rows not in (0, tiling.tile_m):
-        return f"blocks of {problem.rows} rows, tiles of {tiling.tile_m}"
-    if down > 1 and (in_blocks or -(-problem.m // tiling.tile_m) % down):
-        return f"{problem.m} rows are no whole clusters of {down} tiles, or in blocks of an expert each"
+    if problem.rows not in (0, tiling.rows):
+        return f"blocks of {problem.rows} rows, tiles and clusters of {tiling.rows}"
+    if down > 1 and problem.rows == 0 and (problem.experts > 1 or -(-problem.m // tiling.tile_m) % down):
+        return f"{problem.m} rows are no whole clusters of {down} tiles, or of several experts"
     if rows % WGMMA_ROWS or columns not in CONSUMER_COLUMNS:
         return f"{rows} x {columns} for each consumer: rows of 64, columns 32, 64 or 128"
     if tiling.shares > 1 and (tiling.cluster > 1 or columns < LEAST_FINISHED * tiling.shares):

@@ -53,9 +53,9 @@ def experts(
 ) -> jax.Array:
     """Sum over its experts of weight * expert(token), [N, D] in x's dtype, for tokens x [N, D].
 
-    w1, w3 [E, I, D] and w2 [E, D, I]: E4M3 in 128x128 blocks, or MXFP4 and tilings for it. rows: of a block, which is
-    tile_m of a ManyRows tiling. limit: of the SwiGLU clamp, 0 for none. activations: E4M3 in 1x128 groups, with scales
-    of the type of FP8 weights' ones.
+    w1, w3 [E, I, D] and w2 [E, D, I]: E4M3 in 128x128 blocks, or MXFP4 and tilings for it. rows: of a block, which are
+    the `rows` of a ManyRows tiling. limit: of the SwiGLU clamp, 0 for none. activations: E4M3 in 1x128 groups, with
+    scales of the type of FP8 weights' ones.
     """
 
     across = 0 if isinstance(gate_up, ManyRows) else 1  # the axis of tokens
@@ -127,7 +127,7 @@ def _multiply(
         return expert_rows(values, scale, pairs, tiling, rows=rows, next_folded=next_folded, **how)
     if isinstance(tiling, FewRows):
         return few_rows(values, scale.T, pairs, tiling, rows=rows, **how)
-    assert tiling.tile_m == rows, f"a block of {rows} rows is a tile of {tiling}"
+    assert tiling.rows == rows, f"a block of {rows} rows is one of {tiling}"
     if epilogue is not None:
         how["factors"] = jnp.repeat(blocks.factors, len(blocks.token) // len(blocks.factors))
     return many_rows(values, scale, pairs, tiling, **how)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_matmul.kernel_sm90 import many_rows
+from pallas_kernels.block_matmul.row_blocks import RowBlocks
 from pallas_kernels.block_matmul.tiling import FewRows, ManyRows
 from pallas_kernels.grouped_matmul.kernel_sm90 import experts
 from pallas_kernels.grouped_matmul.lay_out_sm90 import lay_out
@@ -107,6 +108,30 @@ def test_hidden_rows_are_codes_at_once(scale):
     want = quantize(rows, form)
     np.testing.assert_array_equal(codes.view(jnp.uint8), want.values.view(jnp.uint8))
     np.testing.assert_array_equal(stored, scale_bytes(want.scale))
+
+
+@pytest.mark.parametrize("real", [3, 1, 0])
+@pytest.mark.parametrize("scale", ["ue8m0", "float32"])
+def test_tiles_of_a_cluster_are_of_one_expert(real, scale):
+    """Bit for bit as without clusters; of blocks that are not real nobody says whose they are."""
+    rng = np.random.default_rng(7)
+    form, weight = (dataclasses.replace(f, scale=scale) for f in (FP8_GROUP, FP8_BLOCK))
+    a = quantize(jnp.asarray(rng.normal(size=(3 * 256, 512)), jnp.float32), form)
+    w = quantize(jnp.asarray(rng.normal(size=(E, 512, 512)), jnp.float32), weight)
+    expert = np.where(np.arange(3) < real, [4, 0, 2], 1 << 30).astype(np.int32)
+
+    def run(tiling):
+        each = 256 // tiling.rows
+        blocks = RowBlocks(jnp.repeat(expert, each), jnp.full(1, real * each, jnp.int32))
+        how = {"out_dtype": jnp.bfloat16, "row_blocks": blocks}
+        pairs = [(w.values, scale_bytes(w.scale))]
+        return many_rows(a.values, scale_bytes(a.scale), pairs, tiling, **how)[: real * 256]
+
+    with interpreted():
+        alone = run(ManyRows(128, 256, 2, "columns"))
+        for width, in_turn in ((1, False), (8, True)):
+            tiling = ManyRows(128, 256, 2, "columns", cluster=2, width=width, in_turn=in_turn)
+            np.testing.assert_array_equal(run(tiling).view(jnp.uint16), alone.view(jnp.uint16))
 
 
 @pytest.mark.parametrize("count", [1, 40, 256, 600])

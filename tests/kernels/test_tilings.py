@@ -91,7 +91,7 @@ def test_every_expert_case_has_a_tiling(case):
     for rows in case.blocks:
         found = grouped.tiling(m, case.n, case.k, case.weights, experts=case.experts, rows=rows)
         assert reason(found, Problem(m, case.n, case.k, case.weights, case.experts, rows)) is None
-        assert isinstance(found, FewRows) or found.tile_m == rows
+        assert isinstance(found, FewRows) or found.rows == rows
 
 
 def test_a_layer_has_tilings():
@@ -112,7 +112,9 @@ def test_what_no_kernel_takes():
     assert "shared memory" in reason(FewRows(4, 16), Problem(8, 64, 512))
     assert "at most" in reason(FewRows(1, 2), Problem(8, 64, 512, rows=12))
     assert "share their columns" in reason(ManyRows(), Problem(128, 256, 128, weights=2))
-    assert "tiles of 128" in reason(ManyRows(), Problem(128, 256, 128, experts=2, rows=64))
+    assert "clusters of 128" in reason(ManyRows(), Problem(128, 256, 128, experts=2, rows=64))
+    assert "clusters of 256" in reason(ManyRows(cluster=2), Problem(256, 256, 128, experts=2, rows=128))
+    assert reason(ManyRows(cluster=2), Problem(256, 256, 128, experts=2, rows=256)) is None
     assert "one buffer" in reason(ManyRows(256, 128, 1, "rows"), Problem(256, 256, 512))
     assert "a power of two" in reason(ManyRows(128, 128, 4, "rows", shares=3), Problem(128, 128, 384))
     wide = ManyRows(128, 128, 4, "rows", cluster=16, cluster_along="columns")

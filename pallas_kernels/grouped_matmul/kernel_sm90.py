@@ -7,7 +7,7 @@ multiplies before the second projection, whose input is rounded to 1x128 FP8 aga
 float32, in the order of the token's experts. One token alone has kernels of its own (one_token_layer_sm90.py).
 
 Bound: the weights of the experts that are hit, or their FLOPs. On an H200, 256 experts [2048, 4096], six a token, 1 /
-16 / 128 / 4096 tokens: 47 / 484 / 1465 / 2031 us, 67 / 88 / 87 / 67 % of the bytes' limit, 0.97 to 1.09 of its two
+16 / 128 / 4096 tokens: 47 / 484 / 1470 / 1996 us, 67 / 88 / 87 / 68 % of the bytes' limit, 0.97 to 1.09 of its two
 products alone; MXFP4 33 / 274 / 784 / 2718, 51 / 82 / 87 / 27 %.
 """
 

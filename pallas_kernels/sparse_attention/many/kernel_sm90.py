@@ -21,18 +21,20 @@ t + log2 E, and is raised only where one exceeds it by 8: then weights are still
 relative to the old one fade. Scorers take turns at M, in the order of blocks.
 
 The order of a query's sums depends on its own entries and on how many queries there are.
-Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma; 230 KB through shared memory, 1800
-cycles; 900 instructions of a scoring warp. Next to no register is spilled: local memory would share an L1 cache of 28
-KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
+Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma, and 2760 of the way to shared memory and
+the L1 cache; 900 instructions of a scoring warp. By counters of an H200, 128 queries of 4224 entries: 4350 cycles, of
+which scorers wait some 1400 for a block's first words. Next to no register is spilled: local memory would share an L1
+cache of 28 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
 Measured on an H200 (4.8 TB/s), 64 heads: 256 queries of 128 + 512 entries 70.4 us, 38 % of the bytes' limit (the kernel
 for few 85.9, FlashMLA 89.9), 512 137; 128 queries of 128 heads, 128 + 1024, 106 us, 37 % of the FLOPs'. 128 queries
 take 37.5 us, one 17.3: where multiprocessors have a query each or less, the kernel for few is faster (36.4, 7.7).
 Of a scorer's 60 700 cycles for five blocks 17 000 convert and multiply, 9500 look up and ask, 5400 make weights, 6300
-wait for q, the buffer or the reference; the rest, 4400 a block, are logits and rows that have not come. By count, 64
-entries pass 4000 cycles' worth through the L1 cache and shared memory in this kernel and in that for few, and whatever
-moves work from one warpgroup to another ends at 37 to 38 us. Entries that stay FP8 in shared memory took 47 to 50; rows
-by TMA into the buffer that they are to fill 36 to 38, and 144 for 512 queries; rows staged as they are stored, for one
-who scores and two who convert and add, 35 to 41, and 134 to 158.
+wait for q, the buffer or the reference; the rest, 4400 a block, are logits and rows that have not come. Whatever moves
+work from one warpgroup to another ends at 37 to 38 us, or above: adders that find blocks to come and measure their
+entries, for scorers that load the next block's first tiles before they sum weights, at 43 (174 for 512 queries).
+Entries that stay FP8 in shared memory took 47 to 50; rows by TMA into the buffer that they are to fill 36 to 38, and
+144 for 512 queries; rows staged as they are stored, for one who scores and two who convert and add, 35 to 41, and 134
+to 158.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.

@@ -51,6 +51,9 @@ MOST = 3  # tilings of a case: the first, and the last
 
 def cases() -> Iterator[Bench]:
     yield from (block_matmul.bench(MatmulCase(f"m={m}", m, 512, 512)) for m in (3, 128, 512))
+    # More tiles than thread blocks.
+    yield block_matmul.bench(MatmulCase("many tiles", 1152, 4608, 512))
+    yield grouped_matmul.bench(GroupedCase("many clusters", 200, 4608, 512, (256,), experts=5, hit=4))
     yield from (weight_only.bench(weight_only.WeightOnlyCase(f"weight-only m={m}", m, 256, 512, 2)) for m in (3, 130))
     yield grouped_matmul.bench(GroupedCase("few rows", 3, 512, 512, (8,), experts=3, hit=2))
     yield grouped_matmul.bench(GroupedCase("many rows", 130, 256, 512, (128,), 2, experts=3, hit=2))

@@ -20,8 +20,8 @@ Where there are few tiles, the thread blocks of a cluster share out K instead (s
 Bound: 2 M N K / 1979 TFLOP/s of FP8 wgmma; an H100 measured 1324 at M = N = K = 4096, 67 %. Two limits come before: a
 consumer's chain for 64 rows of a K block, about 310 cycles of wgmma and 230 of additions, which share the registers'
 ports with the other's wgmma, where the tensor cores need 256 for each; and 700 W, at which clocks fall to 1.6 GHz. On
-an H200 a K block of 128 x 256 takes 1200 to 1290 cycles, where 1024 are needed, and what becomes of a tile 1600 to
-1900 more, of all that is 2 % at K = 8192 and 15 % at 1024.
+an H200 a K block of 128 x 256 or 256 x 128 takes 1200 to 1290 cycles, where 1024 are needed, and what becomes of a tile
+1600 to 1900 more: 2 % of a launch at K = 8192, 15 % at 1024.
 """
 
 # Pallas decorators turn functions into values, and its transforms look abstract: the checker cannot follow.
@@ -86,7 +86,7 @@ def many_rows(
 
     weights: pairs of codes [N, K], all of one type, and scales [N/128, K/128], or [N] where a_scale is [M]; with a
     leading expert axis where `row_blocks` (of tiling.rows rows) is given; blocks that are not real are not written.
-    Several weights need a tile that is split by rows.
+    Several weights need a tile that is split by rows. Raises ValueError where blocks have other rows.
     factors float32 [M]: for the epilogue, which gets the float32 sums [64, columns] of each weight and the factors
     [64] of its rows (None without).
     """
@@ -101,7 +101,8 @@ def many_rows(
     results = Codes(cut, out_dtype) if isinstance(out_dtype, QuantFormat) else Plain(cut, out_dtype, one_each)
     once = a_scale.ndim == 1  # scales multiply finished sums
     in_words = not once and a_scale.dtype == jnp.uint8 and BYTES % blocks == steps % BYTES == 0
-    experts = weights[0][0].shape[0]
+    if row_blocks is not None and len(row_blocks.expert) * tiling.rows != m:
+        raise ValueError(f"{len(row_blocks.expert)} blocks of {m} rows: {tiling} takes blocks of {tiling.rows}")
     early_wait = blocks == 1 and len(cut.products) > tiling.in_flight
 
     def kernel(
@@ -113,7 +114,8 @@ def many_rows(
         warpgroup = lax.axis_index("warpgroup")
         share = 0 if tiling.shares == 1 else lax.axis_index(AXIS)
         first_block = share * steps
-        order = Order(cut, expert_gmem, count_gmem, experts)
+        real = jnp.int32(cut.row_tiles // cut.across[0]) if count_gmem is None else count_gmem[0]
+        order = Order(cut, real, expert_gmem, len(weights[0][0]))
         loop = {"grid": (order.count,), "collective_axes": "sm", "init_carry": jnp.int32(0)}
 
         @pl.when(warpgroup == CONSUMERS)
@@ -124,7 +126,7 @@ def many_rows(
             shared_a, shared_w = (None, shared) if cut.across[0] > 1 else (shared, None)
 
             def copy(of_tile, i, slot):
-                (row, column), expert = of_tile
+                row, column, expert = of_tile
                 rows, columns = pl.ds(row * tile_m, tile_m), pl.ds(column * tile_n, tile_n)
                 block = pl.ds((first_block + i) * BLOCK, BLOCK)
                 plgpu.copy_gmem_to_smem(
@@ -138,10 +140,10 @@ def many_rows(
                 for _ in range(1 + count):
                     plgpu.barrier_arrive(filled.at[slot])
 
-            def found(info):
-                return order.found(info.index[0])
+            def look_up(info):
+                return order.look_up(info.index[0])
 
-            produce(loop, steps, stages, free, copy, found, end if early_wait else None)
+            produce(loop, steps, stages, free, copy, look_up, end if early_wait else None)
 
         @pl.when(warpgroup < CONSUMERS)
         def consume():
@@ -152,8 +154,7 @@ def many_rows(
             if tiling.in_turn:
                 pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(scratch["turn"].at[0]))
 
-            def scales_of(tile: tuple[jax.Array, jax.Array], expert: Any) -> TileScales:
-                row, column = tile
+            def scales_of(row: jax.Array, column: jax.Array, expert: Any) -> TileScales:
                 rows = [pl.ds(row * tile_m + first_row + p * WGMMA_ROWS, WGMMA_ROWS) for p in range(cut.parts)]
                 weights_gmem = [order.of_expert(gmem, expert) for gmem in w_scale_gmems]
                 block = (column * tile_n + first_column) // BLOCK
@@ -161,16 +162,15 @@ def many_rows(
 
             if early_wait:
                 plgpu.barrier_wait(filled.at[0])
-            tile, expert = order.found(lax.axis_index("sm"))
-            first_words = scales_of(tile, expert).words(0) if in_words else ()
-            own_loop: dict[str, Any] = loop | {"init_carry": (jnp.int32(0), expert, first_words)}
+            tile = order.look_up(lax.axis_index("sm"))
+            first_words = scales_of(*tile).words(0) if in_words else ()
+            own_loop: dict[str, Any] = loop | {"init_carry": (jnp.int32(0), tile, first_words)}
 
             @plgpu.nd_loop(**own_loop)
             def _tiles(info, carry):
-                done, expert, words = carry
-                row, column = order.tile(info.index[0])
-                scales = scales_of((row, column), expert)
-                next_tile, next_expert = order.found(info.index[0] + launched)
+                done, tile, words = carry
+                column, scales = tile[1], scales_of(*tile)
+                next_tile = order.look_up(info.index[0] + launched)
 
                 def step(i, found, sums):
                     """An iteration: its products added, times the scales found, to the sums."""
@@ -236,7 +236,7 @@ def many_rows(
                         state = () if once else scales.blocks(0, blocks), sums
                         _, sums = lax.fori_loop(0, steps // blocks, by_block, state)
                 if in_words:  # before the results are on their way out
-                    words = scales_of(next_tile, next_expert).words(0)
+                    words = scales_of(*next_tile).words(0)
                 first_finished = column * tile_n + first_column + share * cut.finished
                 if tiling.shares > 1:
                     for to in range(tiling.shares):
@@ -260,7 +260,7 @@ def many_rows(
                         results.write(y, rows, first_finished, warpgroup, outs, scratch)
                 if tiling.shares > 1:
                     shares.take(scratch)
-                return done + steps, next_expert, words
+                return done + steps, next_tile, words
 
             if tiling.in_turn:
                 pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(scratch["turn"].at[0]))

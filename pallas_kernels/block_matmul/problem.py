@@ -16,7 +16,7 @@ class Problem:
     """m rows times `weights` matrices [n, k] that share them, for each of `experts`.
 
     m counts the real rows of all experts. rows: of a block that belongs to one expert; 0 where rows are not in blocks,
-    or, asked of kernel_sm90, where its tile may decide.
+    or, asked of kernel_sm90, where its tile or cluster may decide.
     """
 
     m: int

@@ -43,7 +43,7 @@ class ManyRows:
 
     @property
     def rows(self) -> int:
-        """That read the same tile of the weights, and belong to one expert."""
+        """That read the same tile of the weights: where they are grouped, of one expert."""
         return self.tile_m * (self.cluster if self.cluster_along == "rows" else 1)
 
 

@@ -200,6 +200,8 @@ def default_many_rows(problem: Problem) -> ManyRows | None:
         ManyRows(64, 256, 4, "columns"),
         ManyRows(128, 64, 6, "rows"),
         ManyRows(64, 128, 6, "columns"),
+        ManyRows(128, 256, 4, "columns", cluster=2, width=1),  # for blocks of two tiles
+        ManyRows(128, 128, 4, "rows", cluster=2, width=1),
     )
 
     def work(tiling: ManyRows) -> int:

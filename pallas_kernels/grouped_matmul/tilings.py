@@ -54,7 +54,7 @@ def tiling(
 ) -> FewRows | ManyRows | None:
     """Of a product of m rows in blocks of `rows`, one expert each: of the kernel that was measured to be faster.
 
-    Without a measurement: the kernel for few rows, but for blocks of a whole tile of the other. None where none fits.
+    Without a measurement: the kernel for few rows, but for blocks of whole tiles of the other. None where none fits.
     batch_invariant: of those alone that add a row's products in one order.
     """
 
@@ -67,7 +67,7 @@ def tiling(
     if entry := choose(entries, problem, fits):
         return entry.tiling
     few, many = tilings.default_few_rows(problem), tilings.default_many_rows(problem)
-    return (many or few) if rows in TILES else few
+    return (many or few) if rows >= min(TILES) else few
 
 
 def mxfp4_tiling(

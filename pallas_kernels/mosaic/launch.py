@@ -14,7 +14,7 @@ from pallas_kernels.device import default_device
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, is_interpreted
 
 H100_SMS = 132
-PHASES = 120  # of a warpgroup that a timeline has room for: 16 bytes of shared memory each
+PHASES = 60  # of a warpgroup that a timeline has room for: 16 bytes of shared memory each
 _timeline: contextvars.ContextVar[tuple[Path, int] | None] = contextvars.ContextVar("timeline", default=None)
 
 

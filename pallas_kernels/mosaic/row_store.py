@@ -10,6 +10,7 @@ them, is not touched, and nobody waits for the stores.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +21,19 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels.mosaic.addresses import address_of, behind, constant, i32, times
 from pallas_kernels.mosaic.interpreter import is_interpreted
+from pallas_kernels.mosaic.warp import lane, warp
 
 COLUMNS = 32  # that four lanes trade at once
 BYTES = 2  # of a number
+STORED = 16  # bytes, of a thread
 
 
 def store(ref: Any, x: jax.Array) -> None:
-    """ref [64, columns] in device memory, rows from multiples of 16 bytes on, becomes x, of 16 bits, in WGMMA's layout;
-    columns are a multiple of COLUMNS.
+    """ref [64, columns] in device memory becomes x, of 16 bits, in WGMMA's layout.
+
+    Columns are a multiple of COLUMNS; rows of ref are a multiple of STORED bytes apart, the first column lies on one.
     """
-    assert x.shape[1] % COLUMNS == 0 and x.dtype.itemsize == BYTES, f"{x.dtype} [{x.shape}]"
+    assert x.shape[1] % COLUMNS == 0 and x.dtype.itemsize == BYTES, f"{x.dtype} {x.shape}"
     if is_interpreted():
         ref[...] = x
         return
@@ -37,28 +41,43 @@ def store(ref: Any, x: jax.Array) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def run(_ctx: Any, to: ir.Value, x: Any) -> None:
         pitch = BYTES * ir.MemRefType(to.type).get_strides_and_offset()[0][0]
-        thread = arith.remui(utils.thread_idx(), constant(128))
-        lane, warp = arith.remui(thread, constant(32)), arith.divui(thread, constant(32))
-        place = arith.remui(lane, constant(4))
-        row = arith.addi(arith.muli(warp, constant(16)), arith.divui(lane, constant(4)))
-        start = arith.addi(address_of(to), arith.addi(times(row, pitch), times(place, 16)))
+        assert pitch % STORED == 0, f"rows {pitch} bytes apart"
+        place = arith.remui(lane(), constant(4))
+        row = arith.addi(arith.muli(warp(), constant(16)), arith.divui(lane(), constant(4)))
+        start = arith.addi(address_of(to), arith.addi(times(row, pitch), times(place, STORED)))
         odd, upper = (arith.cmpi(arith.CmpIPredicate.ne, arith.andi(place, constant(i)), constant(0)) for i in (1, 2))
         words = [llvm.bitcast(i32(), register) for register in x.registers.flat]  # of a block, of both rows
         for i in range(x.shape[1] // COLUMNS):
             for half in range(2):
                 blocks = words[8 * i + half : 8 * (i + 1) : 2]
-                pairs = [_traded(*blocks[j : j + 2], odd, 1) for j in (0, 2)]
-                firsts, seconds = (_traded(*both, upper, 2) for both in zip(*pairs, strict=True))
-                four = [firsts[0], seconds[0], firsts[1], seconds[1]]
+                four = traded(blocks, odd, upper, arith.select, utils.shfl_bfly)
                 address = behind(start, 8 * half * pitch + BYTES * COLUMNS * i)
-                text = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
-                llvm.inline_asm(ir.Type.parse("!llvm.void"), [address, *four], text, "l,r,r,r,r", has_side_effects=True)
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"),
+                    [address, *four],
+                    "st.global.v4.b32 [$0], {$1, $2, $3, $4};",
+                    "l,r,r,r,r,~{memory}",
+                    has_side_effects=True,
+                )
 
     run(ref, x)
 
 
-def _traded(first: ir.Value, second: ir.Value, other: ir.Value, distance: int) -> tuple[ir.Value, ir.Value]:
-    """`first` of both lanes where a lane is not the `other` one of two, else `second` of both; lower lanes' first."""
-    kept, handed = arith.select(other, second, first), arith.select(other, first, second)
-    found = utils.shfl_bfly(handed, distance)
-    return arith.select(other, found, kept), arith.select(other, kept, found)
+def traded(
+    blocks: Sequence[Any], odd: Any, upper: Any, select: Callable[..., Any], shuffle: Callable[[Any, int], Any]
+) -> list[Any]:
+    """A block's words of all four lanes, in order, where a lane had its own of four blocks: lane i gets block i.
+
+    odd, upper: whether the lane's number among the four has its lower and its upper bit. shuffle(x, d): x of the lane
+    whose number differs by the bit d.
+    """
+
+    def swapped(first: Any, second: Any, other: Any, distance: int) -> tuple[Any, Any]:
+        """Both lanes' `first` where a lane is not the `other` one of two, else `second`; lower lanes' before upper."""
+        kept, handed = select(other, second, first), select(other, first, second)
+        found = shuffle(handed, distance)
+        return select(other, found, kept), select(other, kept, found)
+
+    pairs = [swapped(*blocks[i : i + 2], odd, 1) for i in (0, 2)]
+    (first, third), (second, fourth) = (swapped(*both, upper, 2) for both in zip(*pairs, strict=True))
+    return [first, second, third, fourth]

@@ -23,7 +23,7 @@ multiplies an entry is 2^(t[h, n] + log2 E[n] - M[h] + 15), M the running maximu
 The order of a query's sums depends on its own entries and on how many queries there are.
 Bounds, for each 64 entries: 2048 cycles of wgmma, and 3340 of the way to shared memory and the L1 cache, of which
 wgmma's operands take 1740, float16 entries and weights 690, loads from there 370, and gathered rows 540. By counters
-of an H200, 128 queries of 4224 entries: 4670 cycles, 72 % of that bound.
+of an H200, 128 queries of 4224 entries: 4820 cycles, 69 % of that bound.
 Measured on an H200, combining included: one query of 128 + 512 entries, in ten parts of four slices, 7.7 us, of 128 +
 8192, in 65 parts of two slices, 14.1: chains of latencies.
 """

@@ -24,6 +24,7 @@ MANY = [
     (ManyRows(128, 128, 3, "rows"), (256, 384, 256)),
     (ManyRows(64, 256, 2, "columns", rows_first=False, width=1), (192, 512, 128)),
     (ManyRows(64, 128, 2, "columns", shares=2), (128, 256, 512)),
+    (ManyRows(64, 128, 2, "columns", shares=2), (64, 128, 512)),
     (ManyRows(64, 128, 2, "columns", shares=4), (64, 128, 512)),
     (ManyRows(128, 128, 3, "rows", blocks=2, in_flight=2, shares=4), (128, 256, 1024)),
     (ManyRows(64, 64, 4, "columns", blocks=2, in_flight=2, cluster=2), (128, 128, 512)),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,9 +130,36 @@ def test_tiles_of_a_cluster_are_of_one_expert(real, scale):
 
     with interpreted():
         alone = run(ManyRows(128, 256, 2, "columns"))
-        for width, in_turn in ((1, False), (8, True)):
-            tiling = ManyRows(128, 256, 2, "columns", cluster=2, width=width, in_turn=in_turn)
+        for width, in_turn, rows_first in ((1, False, True), (8, True, True), (2, False, False)):
+            tiling = ManyRows(128, 256, 2, "columns", cluster=2, width=width, in_turn=in_turn, rows_first=rows_first)
             np.testing.assert_array_equal(run(tiling).view(jnp.uint16), alone.view(jnp.uint16))
+
+
+def product_of_blocks(rows: int, each: int) -> tuple[Any, RowBlocks]:
+    """What makes the product of `rows` rows in blocks that are said to have `each`, and the blocks."""
+    w = jax.ShapeDtypeStruct((E, 512, 512), jnp.float8_e4m3fn)
+    pairs = [(w, jax.ShapeDtypeStruct((E, 4, 4), jnp.uint8))]
+    blocks = RowBlocks(jax.ShapeDtypeStruct((rows // each,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32))
+    x, scale = jax.ShapeDtypeStruct((rows, 512), jnp.float8_e4m3fn), jax.ShapeDtypeStruct((rows, 4), jnp.uint8)
+
+    def run(tiling, x, scale, pairs, blocks):
+        return many_rows(x, scale, pairs, tiling, out_dtype=jnp.bfloat16, row_blocks=blocks)
+
+    return run, (x, scale, pairs, blocks)
+
+
+def test_blocks_of_other_rows_are_refused():
+    run, made = product_of_blocks(512, 128)
+    with pytest.raises(ValueError, match=r"4 blocks of 512 rows: .* takes blocks of 256"):
+        jax.eval_shape(functools.partial(run, ManyRows(cluster=2)), *made)
+
+
+@pytest.mark.parametrize("rows", [512, 256 * 200])
+def test_tiles_of_a_cluster_lower_for_a_gpu(rows):
+    """A tile for each thread block, and many."""
+    run, made = product_of_blocks(rows, 256)
+    traced = jax.jit(functools.partial(run, ManyRows(cluster=2, width=1))).trace(*made)
+    traced.lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("count", [1, 40, 256, 600])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.mosaic import interpreted, is_interpreted, sm_count, words
+from pallas_kernels.mosaic import interpreted, is_interpreted, row_store, sm_count, words
 from pallas_kernels.mosaic.interpreter import INTERPRETED_SMS, RaceError
 from pallas_kernels.mosaic.races import quick_races
 from pallas_kernels.mosaic.scale_words import bits_of, least_bits
@@ -152,3 +152,11 @@ def test_words_are_cleared(count):
     with interpreted():
         found = np.asarray(words.zeros(count))
     assert found.shape == (-(-count // words.CHUNK) * words.CHUNK,) and not found.any()
+
+
+def test_four_lanes_trade_blocks():
+    """What the interpreter does not run: lane i gets block i, whose words lane j had at j."""
+    place = np.arange(4)
+    of_lanes = [10 * block + place for block in range(4)]  # of each block, the word that each lane has
+    four = row_store.traded(of_lanes, place % 2 == 1, place >= 2, np.where, lambda x, distance: x[place ^ distance])
+    np.testing.assert_array_equal(four, 10 * place[None] + np.arange(4)[:, None])

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from pallas_kernels.bench import hyper_connection, router, sparse_attention
+from pallas_kernels.bench import block_matmul, grouped_matmul, hyper_connection, router, sparse_attention
 from pallas_kernels.bench.timeline import Phase, Role, main, roles, run, table
 from pallas_kernels.device import KINDS, pretend
 from pallas_kernels.mosaic.launch import compiler_params, timeline
@@ -36,8 +36,15 @@ def test_the_table():
 def test_kernels_have_room_for_it(tmp_path, monkeypatch):
     """Only a GPU runs what fetches the notes; all else is lowered here."""
     monkeypatch.setattr(jax.debug, "callback", lambda *args, **kwargs: None)
-    named = {sparse_attention: "flash b=128 t=1 ", hyper_connection: "pre flash m=128", router: "flash router m=8"}
-    for op, name in named.items():
+    named = (
+        (sparse_attention, "flash b=128 t=1 "),
+        (hyper_connection, "pre flash m=128"),
+        (router, "flash router m=8"),
+        (block_matmul, "flash down m=4096"),
+        (block_matmul, "flash wq_b m=4096"),
+        (grouped_matmul, "prefill 32x256 down"),
+    )
+    for op, name in named:
         case = next(case for case in op.benches() if case.name.startswith(name))
         with pretend(KINDS["H100 / H200"]), timeline(tmp_path):
             jax.jit(case.ours[case.usual]).trace(case.shapes()).lower(lowering_platforms=("cuda",))

@@ -22,9 +22,9 @@ relative to the old one fade. Scorers take turns at M, in the order of blocks.
 
 The order of a query's sums depends on its own entries and on how many queries there are.
 Bounds, for each 64 entries: 2 x 64 x 64 x 512 products, 2048 cycles of wgmma, and 2760 of the way to shared memory and
-the L1 cache; 900 instructions of a scoring warp. By counters of an H200, 128 queries of 4224 entries: 4350 cycles, of
-which scorers wait some 1400 for a block's first words. Next to no register is spilled: local memory would share an L1
-cache of 28 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
+the L1 cache; 900 instructions of a scoring warp. By counters of an H200, 128 queries of 4224 entries: 4480 cycles; of
+twice that, a scorer waits some 1400 for a block's first words. Next to no register is spilled: local memory would share
+an L1 cache of 28 KB with entries that stream through it (with 50 reloads a block 128 queries took 57 us).
 Measured on an H200 (4.8 TB/s), 64 heads: 256 queries of 128 + 512 entries 70.4 us, 38 % of the bytes' limit (the kernel
 for few 85.9, FlashMLA 89.9), 512 137; 128 queries of 128 heads, 128 + 1024, 106 us, 37 % of the FLOPs'. 128 queries
 take 37.5 us, one 17.3: where multiprocessors have a query each or less, the kernel for few is faster (36.4, 7.7).

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -15,7 +16,7 @@ from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.operands import require_floats
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
-from pallas_kernels.quant.weights import require_rows_apart, shown
+from pallas_kernels.quant.weights import require_quantised, require_rows_apart, shown
 from pallas_kernels.typing import typed
 
 MATMUL = Op(
@@ -57,6 +58,8 @@ def matmul(
     not fit, and in that mode for activations whose scales span rows.
     """
     _require_alike(x, w, least=1)
+    x = jnp.asarray(x)
+    require_quantised(w=w, codes=codes)
     if codes is not None and codes.shape != (rows := (math.prod(x.shape[:-1]), x.shape[-1])):
         raise ValueError(f"codes have shape {codes.shape}: the rows of x {x.shape} are {rows}")
     if batch_invariant:
@@ -91,6 +94,8 @@ def block_diagonal_matmul(
     Its input is never quantised, in the released code and here. batch_invariant, and errors: as in `matmul`.
     """
     _require_alike(x, w, least=2)
-    if w.shape[0] % x.shape[-2]:
+    x = jnp.asarray(x)
+    require_quantised(w=w)
+    if x.shape[-2] == 0 or w.shape[0] % x.shape[-2]:
         raise ValueError(f"w has {w.shape[0]} rows for the {x.shape[-2]} groups of x: a multiple")
     return BLOCK_DIAGONAL(x, shown(x, w), batch_invariant=batch_invariant, implementation=implementation)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Candidate, Op, kernel
@@ -11,8 +13,9 @@ from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import scaled_dot, sm90
 from pallas_kernels.grouped_matmul.gradient import rounded_reference
+from pallas_kernels.operands import require_floats
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
-from pallas_kernels.quant.weights import require_rows_apart, shown
+from pallas_kernels.quant.weights import require_quantised, require_rows_apart, shown
 from pallas_kernels.router import Routing
 from pallas_kernels.swiglu import require_limit
 from pallas_kernels.typing import typed
@@ -45,9 +48,15 @@ def experts(
     The routing weight multiplies before the second projection, so that a kernel can quantise its result. limit: of the
     SwiGLU clamp, 0 for none. activations: as in `matmul`, of the inputs of all three weights. batch_invariant: the bits
     of a token depend neither on the others nor on their number; implementations that cannot promise it refuse. Raises
-    ValueError where shapes do not fit, for a limit below 0, and in that mode for activations whose scales span rows.
+    TypeError for an x or plain weights that are no floats, ValueError where shapes do not fit, for quantised weights
+    that are not what their format says, for a limit below 0, and in that mode for activations whose scales span rows.
     """
     require_limit(limit)
+    plain = {"w1": w1, "w3": w3, "w2": w2}
+    require_quantised(**plain)
+    require_floats(x=x, **{name: w for name, w in plain.items() if isinstance(w, jax.Array | np.ndarray)})
+    if x.ndim != 2 or len(w1.shape) != 3:
+        raise ValueError(f"x and w1 have shapes {x.shape} and {tuple(w1.shape)}: [N, D] and [E, I, D]")
     count, inner, channels = w1.shape
     if x.shape[-1] != channels or tuple(w3.shape) != tuple(w1.shape) or tuple(w2.shape) != (count, channels, inner):
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, w1, w3, w2))

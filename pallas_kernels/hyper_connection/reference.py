@@ -6,6 +6,7 @@ its three parts, plus base: pre = sigmoid + eps of n channels, post = 2 * sigmoi
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ def head(
 
 
 def _project(streams: jax.Array, fn: jax.Array, norm_eps: float) -> jax.Array:
-    flat = streams.astype(jnp.float32).reshape(*streams.shape[:-2], -1)
+    flat = streams.astype(jnp.float32).reshape(*streams.shape[:-2], math.prod(streams.shape[-2:]))
     inverse_rms = jax.lax.rsqrt(jnp.mean(flat * flat, axis=-1, keepdims=True) + norm_eps)
     # "highest": a device that would round this small product to TF32 must not; the released code keeps it float32.
     return jnp.matmul(flat, fn.astype(jnp.float32).T, precision="highest") * inverse_rms

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.index_scores import reference, sm90
+from pallas_kernels.operands import require_floats
 from pallas_kernels.quant import Pages, Rows, outline
 from pallas_kernels.typing import typed
 
@@ -20,8 +22,16 @@ INDEX_SCORES = Op(
 def require_alike(
     q: jax.Array | Rows, keys: jax.Array | Rows | Pages, weights: jax.Array, counts: jax.Array | None
 ) -> None:
-    """Raises ValueError, naming the operand, where it does not fit q: kernels read by address."""
+    """Raises ValueError, naming the operand, where it does not fit q: kernels read by address; TypeError where it is
+    not of floats.
+    """
+    plain = {"q": q, "keys": keys, "weights": weights}
+    require_floats(**{name: x for name, x in plain.items() if isinstance(x, jax.Array | np.ndarray)})
+    if len(q.shape) != 4:
+        raise ValueError(f"q has shape {q.shape}: [B, T, heads, width]")
     batch, tokens, heads, width = q.shape
+    if isinstance(q, Rows):
+        outline(q, "q")
     sequences, found = outline(keys, "keys")
     if sequences not in (None, batch) or found != width:
         raise ValueError(f"keys are of {sequences} sequences and {found} channels, q is of {batch} and {width}")

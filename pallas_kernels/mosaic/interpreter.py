@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import io
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from pallas_kernels.mosaic.races import quick_races
 
 # Thread blocks of a simulated grid: enough for more than one to work, and for each to have more than one tile.
 INTERPRETED_SMS = 2
+LEAST_THREADS = 8  # of XLA on the CPU: fewer were seen to wait for ever
 _RACE = "RACE DETECTED"
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels are interpreted", default=False)
 
@@ -28,8 +30,14 @@ class RaceError(AssertionError):
 def interpreted() -> Iterator[None]:
     """Kernels traced in the block run in the interpreter, on few simulated multiprocessors, with race detection.
 
-    Results must be ready when the block ends. Raises RaceError naming the accesses.
+    Results must be ready when the block ends. Raises RaceError naming the accesses, and RuntimeError where XLA has
+    threads too few on the CPU: every thread of a kernel takes one, and waits for the others.
     """
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    if threads < LEAST_THREADS:
+        raise RuntimeError(
+            f"XLA has {threads} threads, and an interpreted kernel would wait for ever: set NPROC=16 before jax starts"
+        )
     import jax.experimental.pallas.mosaic_gpu as plgpu  # slow to import, and not on every platform
     from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.quant.pages import pack_pages, page_bytes, page_layout, rows_of_bytes
-from pallas_kernels.quant.rows import Rows
+from pallas_kernels.quant.rows import Rows, empty_rows
 from pallas_kernels.row_format import RowFormat
 from pallas_kernels.typing import typed
 
@@ -62,11 +62,25 @@ def require_pages(pages: Pages, name: str) -> None:
         raise ValueError(f"{name}: the table is {table.dtype} of shape {table.shape}; it is int32 [B, n]")
 
 
+def require_rows(rows: Rows, name: str) -> None:
+    """`require_pages` of rows."""
+    wanted = jax.eval_shape(lambda: empty_rows(rows.format, rows.shape))
+    for leaf in ("body", "tail", "scale"):
+        found, want = getattr(rows, leaf), getattr(wanted, leaf)
+        if (found is None) != (want is None) or (
+            want is not None and (found.shape, found.dtype) != (want.shape, want.dtype)
+        ):
+            shown = [None if x is None else f"{x.dtype} {x.shape}" for x in (found, want)]
+            raise ValueError(f"{name}: the {leaf} is {shown[0]}; rows {rows.shape} in this format have {shown[1]}")
+
+
 def outline(entries: jax.Array | Rows | Pages, name: str) -> tuple[int | None, int]:
     """Sequences and channels of an array [B, N, K], Rows or Pages; None where pages are one sequence's, or nobody's.
 
-    Raises ValueError, naming them, for pages that are not what their format says.
+    Raises ValueError, naming them, for rows and pages that are not what their format says.
     """
+    if isinstance(entries, Rows):
+        require_rows(entries, name)
     if not isinstance(entries, Pages):
         return entries.shape[0], entries.shape[-1]
     require_pages(entries, name)

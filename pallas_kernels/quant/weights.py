@@ -132,6 +132,17 @@ def _rounded_jvp(activations: QuantFormat, primals: tuple[Any, Any], tangents: t
     return _rounded(x, activations, scale), tangents[0]
 
 
+def require_quantised(**operands: Any) -> None:
+    """Raises ValueError, naming the operand, for a quantised tensor whose leaves are not what its format says: kernels
+    read them by address. Other operands pass.
+    """
+    for name, x in operands.items():
+        x = x.weight if isinstance(x, ObservedWeight) else x
+        x = x.weight if isinstance(x, TreatedWeight) else x
+        if isinstance(x, QuantTensor) and (problems := x.validate()):
+            raise ValueError(f"{name} is not a {x.format.name} tensor: {'; '.join(problems)}")
+
+
 def require_rows_apart(w: Any, activations: QuantFormat | None) -> None:
     """That a row of w's input is rounded to codes that depend on no other row. Raises ValueError."""
     w = w.weight if isinstance(w, ObservedWeight) else w

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import FP8_GROUP, QuantFormat
+from pallas_kernels.operands import require_floats, require_shape
 from pallas_kernels.quant import QuantTensor
 from pallas_kernels.quantize_rows import reference
 from pallas_kernels.quantize_rows.tiling import unsupported_reason
@@ -74,8 +75,17 @@ def rms_norm_quantize_rows(
     """`quantize_rows(rms_norm(x, weight, eps))`: the normed rows are rounded to x's dtype before they are quantised.
 
     A kernel adds the squares of a row in an order of its own, which moves a normed value by one step of x's dtype at
-    most, and one bfloat16 in ten thousand or so; and its code or its scale where that lies on a boundary.
+    most, and one bfloat16 in ten thousand or so; and its code or its scale where that lies on a boundary. Raises
+    TypeError for an x or weight that is no array of floats and an eps that is no number, ValueError where they do not
+    fit.
     """
+    require_floats(x=x, **({} if weight is None else {"weight": weight}))
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}: rows [M, K]")
+    if weight is not None:
+        require_shape("weight", weight, x.shape[1:], "one for each channel of x")
+    if eps is None:
+        raise TypeError("eps is None: a number, such as 1e-6; quantize_rows does without the norm")
     return _run(x, weight, eps, form, tokens_last, padded_rows, implementation)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, kernel
@@ -37,6 +39,12 @@ def router(
     how many tokens come with it, as may the choice between experts that are equally good but for such bits.
     Raises ValueError where shapes do not fit.
     """
+    k = operator.index(k)
+    for name, array in (("x", x), ("weight", weight)):
+        if array.ndim != 2:
+            raise ValueError(f"{name} has shape {array.shape}: a matrix, [N, D] and [E, D]")
+    if k < 1:
+        raise ValueError(f"k is {k}: each token takes one expert or more")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(f"weight has shape {weight.shape}: x has {x.shape[1]} channels")
     if bias is not None and bias.shape != weight.shape[:1]:

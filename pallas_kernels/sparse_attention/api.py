@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
+from pallas_kernels.operands import require_floats
 from pallas_kernels.quant import Pages, Rows
 from pallas_kernels.rotary import Rotation
 from pallas_kernels.sparse_attention import prefill_blocks, prefill_sm90, reference, sm90
@@ -88,6 +89,9 @@ def sparse_attention_prefill(
     `sparse_attention`. Raises ValueError where shapes do not fit, for a band shorter than q, and for a width below 1.
     """
     named = {"compressed_index": compressed_index, "compressed_count": compressed_count}
+    require_floats(band=band)
+    if isinstance(compressed, Pages):
+        raise TypeError("compressed entries are Pages: prefill takes an array or Rows")
     require_alike(q, {"band": band, "compressed": compressed}, named, sink)
     if width < 1 or band.shape[1] < q.shape[1]:
         raise ValueError(

@@ -187,7 +187,11 @@ def selected(size: int, index: jax.Array | None, count: jax.Array | None) -> jax
     batch, tokens, _ = index.shape
     target = jnp.where(within(index, count), index, size)
     rows = jnp.arange(batch * tokens)[:, None]
-    mask = jnp.zeros((batch * tokens, size), bool).at[rows, target.reshape(batch * tokens, -1)].set(True, mode="drop")
+    mask = (
+        jnp.zeros((batch * tokens, size), bool)
+        .at[rows, target.reshape(batch * tokens, index.shape[2])]
+        .set(True, mode="drop")
+    )
     return mask.reshape(batch, tokens, size)
 
 
@@ -197,4 +201,4 @@ def _to_blocks(x: jax.Array, blocks: int, block: int) -> jax.Array:
 
 
 def _from_blocks(x: jax.Array, tokens: int) -> jax.Array:
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :tokens]

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from pallas_kernels.operands import require_floats
 from pallas_kernels.quant import outline
 from pallas_kernels.rotary import Rotation
 
@@ -18,10 +21,15 @@ def require_alike(
     sink: jax.Array | None,
     rotation: Rotation | None = None,
 ) -> None:
-    """Raises ValueError, naming the operand, where it does not fit q [B, T, H, K].
+    """Raises ValueError, naming the operand, where it does not fit q [B, T, H, K]; TypeError where it is not of floats.
 
     entries: by name, [B, S, K] or pages of B sequences; None is left out. named: indices [B, T, n], counts [B, T].
     """
+    require_floats(
+        q=q, **{f"{name} entries": x for name, x in entries.items() if isinstance(x, jax.Array | np.ndarray)}
+    )
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {q.shape}: [B, T, H, K]")
     batch, tokens, heads, width = q.shape
     for name, x in entries.items():
         if x is None:
@@ -34,8 +42,10 @@ def require_alike(
     for name, x in named.items():
         if x is None:
             continue
-        if x.shape[:2] != (batch, tokens):
-            raise ValueError(f"{name} has shape {x.shape}: it begins with q's batch and tokens, {(batch, tokens)}")
+        axes = 2 if name.endswith("count") else 3
+        if x.shape[:2] != (batch, tokens) or x.ndim != axes or not jnp.issubdtype(x.dtype, jnp.integer):
+            wanted = f"{(batch, tokens)}" if axes == 2 else f"{(batch, tokens)} and an axis of entries"
+            raise ValueError(f"{name} has shape {x.shape}, {x.dtype}: integers, by q's batch and tokens, {wanted}")
     if sink is not None and sink.shape != (heads,):
         raise ValueError(f"sink has shape {sink.shape}: it has one value for each of q's {heads} heads")
     if rotation is not None:

@@ -18,6 +18,11 @@ def require_floats(**operands: Any) -> None:
             raise TypeError(f"{name} is {x.dtype}: an array of floats, such as {name}.astype(jnp.float32)")
 
 
+def require_plain_floats(**operands: Any) -> None:
+    """`require_floats` of the operands that are arrays; of others, quantised ones or None, another knows."""
+    require_floats(**{name: x for name, x in operands.items() if isinstance(x, jax.Array | np.ndarray)})
+
+
 def require_shape(name: str, x: Any, shape: tuple[int, ...], why: str) -> None:
     """Raises ValueError, naming the operand and `why`, where x has another shape."""
     if tuple(x.shape) != shape:

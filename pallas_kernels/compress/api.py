@@ -70,9 +70,8 @@ def require_alike(
         raise ValueError(f"rows have shape {rows.shape}: they are of {batch} sequences, {entry} channels")
     for name, x in (("kv", state.kv), ("gate", state.gate)):
         if x.shape != (batch, state.kv.shape[1], width) or x.dtype != jnp.float32:
-            raise ValueError(
-                f"the state's {name} is {x.dtype} {x.shape}: float32 [{batch}, slots, {width}], as its other"
-            )
+            wanted = (batch, state.kv.shape[1], width)
+            raise ValueError(f"the state's {name} is {x.dtype} {x.shape}: float32 {wanted}, with the slots of its kv")
     for name, x in (("start", start), ("count", count)):
         if x.shape != (batch,):
             raise ValueError(f"{name} has shape {x.shape}: one for each of {batch} sequences")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Candidate, Op, kernel
@@ -13,7 +11,7 @@ from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.formats import QuantFormat
 from pallas_kernels.grouped_matmul import scaled_dot, sm90
 from pallas_kernels.grouped_matmul.gradient import rounded_reference
-from pallas_kernels.operands import require_floats
+from pallas_kernels.operands import require_floats, require_plain_floats
 from pallas_kernels.quant import ObservedWeight, QuantTensor, TreatedWeight
 from pallas_kernels.quant.weights import require_quantised, require_rows_apart, shown
 from pallas_kernels.router import Routing
@@ -52,9 +50,9 @@ def experts(
     that are not what their format says, for a limit below 0, and in that mode for activations whose scales span rows.
     """
     require_limit(limit)
-    plain = {"w1": w1, "w3": w3, "w2": w2}
-    require_quantised(**plain)
-    require_floats(x=x, **{name: w for name, w in plain.items() if isinstance(w, jax.Array | np.ndarray)})
+    require_floats(x=x)
+    require_plain_floats(w1=w1, w3=w3, w2=w2)
+    require_quantised(w1=w1, w3=w3, w2=w2)
     if x.ndim != 2 or len(w1.shape) != 3:
         raise ValueError(f"x and w1 have shapes {x.shape} and {tuple(w1.shape)}: [N, D] and [E, I, D]")
     count, inner, channels = w1.shape

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, kernel
 from pallas_kernels.dispatch import reference as reference_candidate
 from pallas_kernels.index_scores import reference, sm90
-from pallas_kernels.operands import require_floats
+from pallas_kernels.operands import require_floats, require_plain_floats
 from pallas_kernels.quant import Pages, Rows, outline
 from pallas_kernels.typing import typed
 
@@ -25,8 +24,8 @@ def require_alike(
     """Raises ValueError, naming the operand, where it does not fit q: kernels read by address; TypeError where it is
     not of floats.
     """
-    plain = {"q": q, "keys": keys, "weights": weights}
-    require_floats(**{name: x for name, x in plain.items() if isinstance(x, jax.Array | np.ndarray)})
+    require_floats(weights=weights)
+    require_plain_floats(q=q, keys=keys)
     if len(q.shape) != 4:
         raise ValueError(f"q has shape {q.shape}: [B, T, heads, width]")
     batch, tokens, heads, width = q.shape

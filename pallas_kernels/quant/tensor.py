@@ -64,7 +64,8 @@ class QuantTensor:
             problems.append(f"scale has shape {self.scale.shape}, {fmt.name} of shape {self.shape} needs {expected}")
         return problems
 
-    def require_valid(self) -> None:
-        """Raises ValueError listing what `validate` finds."""
+    def require_valid(self, name: str | None = None) -> None:
+        """Raises ValueError listing what `validate` finds, of the operand `name`."""
         if problems := self.validate():
-            raise ValueError(f"not a {self.format.name} tensor: {'; '.join(problems)}")
+            of = "" if name is None else f"{name} is "
+            raise ValueError(f"{of}not a {self.format.name} tensor: {'; '.join(problems)}")

@@ -139,8 +139,8 @@ def require_quantised(**operands: Any) -> None:
     for name, x in operands.items():
         x = x.weight if isinstance(x, ObservedWeight) else x
         x = x.weight if isinstance(x, TreatedWeight) else x
-        if isinstance(x, QuantTensor) and (problems := x.validate()):
-            raise ValueError(f"{name} is not a {x.format.name} tensor: {'; '.join(problems)}")
+        if isinstance(x, QuantTensor):
+            x.require_valid(name)
 
 
 def require_rows_apart(w: Any, activations: QuantFormat | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Op, kernel
@@ -31,7 +32,8 @@ def router(
     """Routes N tokens, all in float32.
 
     scoring: sqrtsoftplus, sigmoid or softmax of x @ weight.T. bias: added for the choice only, not to the weights.
-    experts: given (hash routing), of 0 to E - 1, or None (the k best by score + bias; ties to the lower expert).
+    experts: given (hash routing), of 0 to E - 1, where others count as the nearest of these; or None (the k best by
+    score + bias; ties to the lower expert).
     normalize: divide the chosen scores by their sum; as in the released code it does nothing with softmax, whose
     weights stay shares of all experts. scale: multiplies the weights at the end.
     On Hopper the number of tokens decides which kernel runs (one up to 128, another beyond) and in how many parts it
@@ -53,6 +55,8 @@ def router(
         raise ValueError(f"experts have shape {experts.shape}: {k} of each of {x.shape[0]} tokens")
     if experts is None and k > weight.shape[0]:
         raise ValueError(f"k is {k}: there are {weight.shape[0]} experts")
+    if experts is not None:  # places in memory are made of them, and rows are gathered and counted by them
+        experts = jnp.clip(experts, 0, weight.shape[0] - 1)
     return ROUTER(
         x, weight, bias, experts, k=k, scoring=scoring, normalize=normalize, scale=scale, implementation=implementation
     )

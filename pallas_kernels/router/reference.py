@@ -39,8 +39,6 @@ def router(
     if experts is None:
         biased = scores if bias is None else scores + bias.astype(jnp.float32)[None]
         _, experts = jax.lax.top_k(jax.lax.stop_gradient(biased), k)
-    else:  # another's rows would be gathered and counted for one that there is not
-        experts = jnp.clip(experts, 0, weight.shape[0] - 1)
     chosen = jnp.take_along_axis(scores, experts, axis=1)
     if normalize and scoring != "softmax":
         chosen = chosen / jnp.maximum(jnp.sum(chosen, axis=1, keepdims=True), 1e-20)

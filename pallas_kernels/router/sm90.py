@@ -70,8 +70,7 @@ def router(
 
     rules = kernel_sm90.Rules(k, scoring, normalize, scale)
     run = (kernel_sm90 if len(x) <= FEW else many_sm90).router
-    given = None if experts is None else jnp.clip(experts, 0, len(weight) - 1)  # places in memory are made of them
-    found = run(*jax.lax.stop_gradient((x, weight, bias)), given, rules)
+    found = run(*jax.lax.stop_gradient((x, weight, bias)), experts, rules)
 
     def smooth(inputs: Any, constants: Any) -> Any:
         """Of the same choice: where two experts are nearly as good, another sum may have the other."""

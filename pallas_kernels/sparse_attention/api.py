@@ -89,7 +89,7 @@ def sparse_attention_prefill(
     `sparse_attention`. Raises ValueError where shapes do not fit, for a band shorter than q, and for a width below 1.
     """
     named = {"compressed_index": compressed_index, "compressed_count": compressed_count}
-    require_floats(band=band)
+    require_floats(band=band)  # no Rows: they are the window's in the decode form alone
     if isinstance(compressed, Pages):
         raise TypeError("compressed entries are Pages: prefill takes an array or Rows")
     require_alike(q, {"band": band, "compressed": compressed}, named, sink)

@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.operands import require_floats
+from pallas_kernels.operands import require_floats, require_plain_floats
 from pallas_kernels.quant import outline
 from pallas_kernels.rotary import Rotation
 
@@ -25,9 +24,8 @@ def require_alike(
 
     entries: by name, [B, S, K] or pages of B sequences; None is left out. named: indices [B, T, n], counts [B, T].
     """
-    require_floats(
-        q=q, **{f"{name} entries": x for name, x in entries.items() if isinstance(x, jax.Array | np.ndarray)}
-    )
+    require_floats(q=q)
+    require_plain_floats(**{f"{name} entries": x for name, x in entries.items()})
     if q.ndim != 4:
         raise ValueError(f"q has shape {q.shape}: [B, T, H, K]")
     batch, tokens, heads, width = q.shape

@@ -94,6 +94,12 @@ def test_every_expert_case_has_a_tiling(case):
         assert isinstance(found, FewRows) or found.rows == rows
 
 
+def test_blocks_of_two_tiles_are_those_of_a_cluster_where_nothing_was_measured():
+    for weights in (1, 2):
+        found = grouped.tiling(400, 512, 512, weights, experts=3, rows=256)
+        assert isinstance(found, ManyRows) and (found.rows, found.cluster) == (256, 2)
+
+
 def test_a_layer_has_tilings():
     for case in grouped_cases.LAYERS + grouped_cases.PRO_LAYERS:
         sizes = case.tokens, case.top, case.experts, case.d, case.i
